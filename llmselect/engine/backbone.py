@@ -1,0 +1,160 @@
+"""A causal LM ready to score rows: its tokenizer, its body, hidden states at chosen layers, its LM head."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmselect import atomic
+from llmselect.chat import ChatEncoder
+from llmselect.errors import LlmselectError, UsageError
+
+log = logging.getLogger("llmselect")
+
+
+class _DeepEnough(Exception):
+    """Raised by a hook once the deepest wanted layer is there: later blocks are not computed."""
+
+
+class Backbone:
+    """The model behind a pass. Weights load on first use, so token counts need none.
+
+    Args:
+        model: folder or Hub id (safetensors only: other formats can run code when read).
+        adapter: optional PEFT adapter, merged into the weights.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        max_length: tokens per row; None takes the model's own limit, at most 2048.
+    """
+
+    def __init__(self, model: str, adapter: str | None = None, dtype: str = "auto", max_length: int | None = None,
+                 device: str | None = None):  # fmt: skip
+        self.path, self.adapter = model, adapter
+        self.device = torch.device(device or default_device())
+        auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = auto if dtype == "auto" else getattr(torch, dtype)
+        self.config = _from_pretrained("AutoConfig", model)
+        self.tokenizer = _from_pretrained("AutoTokenizer", model)
+        self.text_config = self.config.get_text_config()
+        limit = getattr(self.text_config, "max_position_embeddings", None) or 2048
+        limit = min(limit, self.tokenizer.model_max_length)
+        if max_length is not None and max_length > limit:
+            raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
+        self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
+        self.hidden_size, self.depth = self.text_config.hidden_size, self.text_config.num_hidden_layers
+        self.pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
+
+    @cached_property
+    def causal_lm(self) -> Any:
+        """The loaded model, in evaluation mode, its adapter merged."""
+        kwargs = dict(dtype=self.dtype, attn_implementation="sdpa", use_safetensors=True)
+        model = _from_pretrained("AutoModelForCausalLM", self.path, **kwargs)
+        if self.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+        model = model.to(self.device).eval().requires_grad_(False)
+        model.config.use_cache = False
+        return model
+
+    @property
+    def body(self) -> Any:
+        """The transformer without its LM head."""
+        return self.causal_lm.base_model
+
+    @cached_property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The decoder blocks in order."""
+        for module in self.body.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.depth:
+                return module
+        raise LlmselectError(f"{self.path}: found no list of {self.depth} decoder blocks in {type(self.body).__name__}")
+
+    def layer(self, index: int) -> int:
+        """A Hugging Face hidden-state number as 0 … depth; depth is the state after the last norm."""
+        if not -self.depth - 1 <= index <= self.depth:
+            raise UsageError(f"layer: {index} is outside -{self.depth + 1} … {self.depth} of {self.path}")
+        return index % (self.depth + 1)
+
+    def digest(self) -> str:
+        """Identity of the weights (and adapter): what was read, wherever it lies."""
+        return weights_digest(self.path, self.config) + (f"+{weights_digest(self.adapter)}" if self.adapter else "")
+
+    @torch.inference_mode()
+    def states(self, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Hidden states `[B, T, d]` at `layers`; the forward stops after the deepest and computes no logits."""
+        wanted = {self.layer(layer) for layer in layers}
+        kept: dict[int, torch.Tensor] = {}
+        # Padding on the left shifts absolute positions unless they are counted from the first real token.
+        position = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        # A mask of ones only slows attention down: without one the fused causal kernel runs.
+        attention = None if bool(mask.all()) else mask.long()
+        with self._taps(wanted, kept):
+            try:
+                out = self.body(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False)
+                if self.depth in wanted:
+                    kept[self.depth] = out.last_hidden_state
+            except _DeepEnough:
+                pass
+        return kept
+
+    @contextmanager
+    def _taps(self, wanted: set[int], kept: dict[int, torch.Tensor]) -> Iterator[None]:
+        deepest, handles = max(wanted), []
+
+        def keep(layer: int, value: Any) -> None:
+            kept[layer] = value[0] if isinstance(value, tuple) else value
+            if layer == deepest:
+                raise _DeepEnough
+
+        for layer in wanted - {self.depth}:
+            if layer == 0:
+                hook = self.blocks[0].register_forward_pre_hook(
+                    lambda _, args, kw: keep(0, args[0] if args else kw["hidden_states"]), with_kwargs=True
+                )
+            else:
+                hook = self.blocks[layer - 1].register_forward_hook(lambda _, __, out, at=layer: keep(at, out))
+            handles.append(hook)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def default_device() -> str:
+    """This process's accelerator, or the CPU."""
+    from accelerate import PartialState
+
+    return str(PartialState(cpu=not torch.cuda.is_available()).device)
+
+
+def _from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"model: cannot read {path!r} ({kind}): {first}") from error
+
+
+def weights_digest(path: str, config: Any = None) -> str:
+    """SHA-256 of a local model's weights and config, or `id@commit` of a Hub model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = getattr(config, "_commit_hash", None)
+        if commit is None:
+            raise UsageError(f"model: {path!r} is neither a folder nor a Hub model with a known revision")
+        return f"{path}@{commit}"
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
+            total.update(f"{file.name}:{atomic.sha256_file(file)};".encode())
+    return total.hexdigest()

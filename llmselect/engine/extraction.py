@@ -1,0 +1,144 @@
+"""From extractors and rows to features in a store: fingerprints, the fit on the target, the passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmselect import atomic
+from llmselect.engine.backbone import Backbone
+from llmselect.engine.passes import Pass, default_batch_tokens, fit
+from llmselect.errors import LlmselectError, UsageError
+from llmselect.store import SHARD_ROWS, Feature, FeatureStore, digest_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from llmselect.engine.extractor import Extractor
+
+log = logging.getLogger("llmselect")
+
+
+def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extractor], *, target: Dataset | None = None,
+            batch_tokens: int | None = None, shard_rows: int = SHARD_ROWS) -> FeatureStore:  # fmt: skip
+    """Compute features of every pool row, and of every target row as `<name>@target`.
+
+    Extractors with the same model, adapter, dtype and length share one forward pass. What is already complete is not
+    computed again; what was begun continues, on any number of processes (`accelerate launch`).
+
+    Args:
+        pool: rows with `id` and `messages`.
+        store: where the arrays go.
+        extractors: feature name → extractor.
+        target: rows with `group`; needed by extractors that fit (TRIM).
+        batch_tokens: padded tokens per batch.
+        shard_rows: rows per shard, the most a killed process loses.
+    """
+    from accelerate import PartialState
+
+    process = PartialState(cpu=not torch.cuda.is_available())
+    for name, extractor in extractors.items():
+        if extractor.fits and target is None:
+            raise UsageError(f"feature '{name}' ({extractor.name}) learns from the target rows: give target=")
+        if not extractor.model:
+            raise UsageError(f"feature '{name}' ({extractor.name}) needs a model: give model=, a folder or a Hub id")
+    for key, members in _by_pass(extractors).items():
+        backbone = Backbone(*key)
+        run = Pass(backbone, members, {}, {}, _groups(target), batch_tokens or default_batch_tokens())
+        for data, suffix in ((target, "@target"), (pool, "")):
+            if data is not None:
+                _pass(run, data, target, store, suffix, shard_rows, process)
+    return store
+
+
+def _by_pass(extractors: Mapping[str, Extractor]) -> dict[tuple, dict[str, Extractor]]:
+    passes: dict[tuple, dict[str, Extractor]] = {}
+    for name, e in extractors.items():
+        passes.setdefault((e.model, e.adapter, e.dtype, e.max_length), {})[name] = e
+    return passes
+
+
+def _groups(target: Dataset | None) -> list[str]:
+    return [] if target is None else list(dict.fromkeys(target["group"]))
+
+
+def content_digest(data: Dataset) -> str:
+    """SHA-256 over the row ids (content hashes) in order, and the groups of a target."""
+    total = hashlib.sha256()
+    for start in range(0, len(data), 65536):
+        part = data[start : start + 65536]
+        total.update(digest_ids(part["id"]).tobytes())
+        total.update(json.dumps(part.get("group", [])).encode())
+    return total.hexdigest()
+
+
+def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore, suffix: str, shard_rows: int,
+          process: Any) -> None:  # fmt: skip
+    """Create (rank 0) or open the features of one side, fit if needed, fill the missing shards."""
+    specs = {name: _spec(run, e, data, target, shard_rows) for name, e in run.extractors.items()}
+    if process.is_main_process:
+        for name, spec in specs.items():
+            store.create(name + suffix, spec, data["id"])
+    process.wait_for_everyone()
+    run.features = {name: store.open(name + suffix) for name in specs}
+    incomplete = [name for name in specs if run.features[name].missing()]
+    if any(run.extractors[name].fits and name not in run.states for name in incomplete):
+        _fit(run, store, target, process)
+    label = "target rows" if suffix else f"{', '.join(run.extractors)}: pool rows"
+    run.run(data, label, process.process_index, process.num_processes, process.wait_for_everyone)
+    process.wait_for_everyone()
+    for name, feature in run.features.items():
+        if missing := feature.missing():
+            raise LlmselectError(f"feature '{name}': shards {missing[:5]} were not written; run the same command again")
+
+
+def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None, shard_rows: int) -> dict[str, Any]:
+    arrays = {key: [dtype, list(tail)] for key, (dtype, tail) in extractor.arrays(run.backbone, run.groups).items()}
+    spec = {
+        "extractor": extractor.name,
+        "version": extractor.version,
+        "settings": extractor.settings(),
+        "arrays": arrays,
+        "shard_rows": shard_rows,
+        "rows": content_digest(data),
+        "tokens": run.backbone.encoder.fingerprint,
+    }
+    if extractor.layers():
+        spec |= {"weights": run.backbone.digest(), "dtype": str(run.backbone.dtype).removeprefix("torch.")}
+    if extractor.fits and target is not None:
+        spec |= {"target": content_digest(target), "groups": run.groups}
+    return spec
+
+
+def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any) -> None:
+    """Fit on rank 0 and hand the state to all through the store, so that a resumed run reads the same numbers."""
+    from safetensors.torch import load_file, save
+
+    fitting = [name for name, e in run.extractors.items() if e.fits]
+    files = {name: store.path / f"{name}@target" / "fit.safetensors" for name in fitting}
+    if process.is_main_process and not all(file.exists() for file in files.values()):
+        assert target is not None
+        fit(run, target)
+        for name, file in files.items():
+            atomic.write_bytes(file, save({k: v.cpu().contiguous() for k, v in run.states[name].items()}))
+    process.wait_for_everyone()
+    device = str(run.backbone.device)
+    run.states = {name: load_file(file, device=device) for name, file in files.items()}
+
+
+def feature_bytes(extractor: Extractor, backbone: Backbone, groups: list[str], rows: int) -> int:
+    """Bytes that a feature of `rows` rows takes in the store."""
+    import numpy as np
+
+    arrays = extractor.arrays(backbone, groups).values()
+    return rows * sum(int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize for dtype, tail in arrays)
+
+
+def open_feature(store: FeatureStore, name: str) -> Feature:
+    """The feature behind `name` or `name.array`."""
+    return store.open(name.partition(".")[0])

@@ -1,0 +1,154 @@
+"""One forward pass over the rows, many features: shard by shard, resumable, on any number of processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmselect.engine.batch import Batch, collate, plan
+from llmselect.engine.memory import BackOff
+from llmselect.engine.progress import Progress
+from llmselect.errors import LlmselectError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from llmselect.chat import Encoded
+    from llmselect.engine.backbone import Backbone
+    from llmselect.engine.extractor import Extractor
+    from llmselect.store import Feature
+
+log = logging.getLogger("llmselect")
+
+
+def default_batch_tokens() -> int:
+    """Padded tokens per batch: a GPU needs many to be busy, a CPU's caches like few."""
+    return 32768 if torch.cuda.is_available() else 4096
+
+
+@dataclass
+class Pass:
+    """Extractors that share a model and tokenisation, the features they fill, and how to run them."""
+
+    backbone: Backbone
+    extractors: Mapping[str, Extractor]
+    features: Mapping[str, Feature]
+    states: Mapping[str, Mapping[str, torch.Tensor]]
+    groups: Sequence[str] = ()
+    batch_tokens: int = 8192
+    padding_side: str = "right"
+    back_off: BackOff = field(default_factory=BackOff)
+
+    def layers(self, view: str) -> tuple[int, ...]:
+        """Every hidden state that some extractor reads in this view; none means that no forward is needed."""
+        found = {n for e in self.extractors.values() if view in e.views() for n in e.layers()}
+        return tuple(sorted(found))
+
+    def encode(self, messages: list[list[dict[str, str]]], view: str) -> list[Encoded]:
+        """The rows' token sequences in a view."""
+        from llmselect.chat import without_prompt
+
+        rows = self.backbone.encoder.encode(messages)
+        return rows if view == "row" else [without_prompt(row, self.backbone.tokenizer) for row in rows]
+
+    def compute(self, messages: list[list[dict[str, str]]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict]:
+        """Arrays of every feature in `names` for these rows: feature → array → `[rows, …]`."""
+        out = {name: self._empty(name, len(messages)) for name in names}
+        views = sorted({view for name in names for view in self.extractors[name].views()})
+        for view in reversed(views):  # "row" before "response"
+            encoded = self.encode(messages, view)
+            active = [name for name in names if view in self.extractors[name].views()]
+
+            def step(rows: np.ndarray, encoded=encoded, view=view, active=active) -> dict[str, dict]:
+                batch = collate(self.backbone, [encoded[i] for i in rows], self.layers(view), view, self.padding_side)
+                return self._rows(batch, active)
+
+            filled = np.array([i for i, row in enumerate(encoded) if len(row.ids)], np.int64)
+            for batch in plan([len(encoded[i].ids) for i in filled], self.batch_tokens):
+                for rows, found in self.back_off.run(filled[batch], step, ids):
+                    for name, arrays in found.items():
+                        for key, values in arrays.items():
+                            out[name][key][rows] = values
+        for name in names:
+            self.extractors[name].derive(out[name])
+        return out
+
+    @torch.inference_mode()
+    def _rows(self, batch: Batch, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        found = {name: self.extractors[name].rows(batch, self.states.get(name, {})) for name in names}
+        return {name: {k: v.float().cpu().numpy() if v.dtype == torch.bfloat16 else v.cpu().numpy()
+                       for k, v in arrays.items()} for name, arrays in found.items()}  # fmt: skip
+
+    def _empty(self, name: str, rows: int) -> dict[str, np.ndarray]:
+        declared = self.extractors[name].arrays(self.backbone, self.groups)
+        # A row that no batch fills (nothing to score) must not look like a score of zero.
+        return {k: np.full((rows, *tail), np.nan if np.dtype(d).kind == "f" else 0, d) for k, (d, tail) in declared.items()}
+
+    def run(self, data: Dataset, label: str, rank: int, world: int, ready: Any) -> None:
+        """Fill this process's share of the missing shards. `ready()` is a barrier between listing and writing."""
+        missing = {name: set(feature.missing()) for name, feature in self.features.items()}
+        shards = sorted(set().union(*missing.values()))
+        ready()
+        if not shards:
+            return
+        some = next(iter(self.features.values()))
+        mine = shards[rank::world]
+        sizes = characters(data, some, mine)
+        progress = Progress(label, sum(sizes), show=rank == 0)
+        for shard, size in zip(mine, sizes, strict=True):
+            rows = some.rows(shard)
+            part = data[rows.start : rows.stop]
+            names = [name for name in self.features if shard in missing[name]]
+            arrays = self.compute(part["messages"], part["id"], names)
+            for name in names:
+                report_non_finite(name, arrays[name], part["id"])
+                self.features[name].write(shard, arrays[name])
+            progress.step(size, len(rows))
+        progress.close()
+
+
+def characters(data: Dataset, feature: Feature, shards: Sequence[int]) -> list[int]:
+    """Bytes of text in each shard, read from the Arrow offsets without touching the text."""
+    import pyarrow.compute as pc
+
+    totals = []
+    for shard in shards:
+        rows = feature.rows(shard)
+        column = data.with_format("arrow")[rows.start : rows.stop]["messages"]
+        contents = pc.struct_field(pc.list_flatten(column), "content")
+        totals.append(int(pc.sum(pc.binary_length(contents)).as_py() or 1))
+    return totals
+
+
+def report_non_finite(name: str, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:
+    """Name the rows whose numbers are NaN or infinite: they stay marked in the store and are never ranked."""
+    for key, values in arrays.items():
+        if values.dtype.kind != "f":
+            continue
+        bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        if len(bad):
+            shown = ", ".join(ids[i] for i in bad[:5])
+            log.warning("%s.%s: %d rows have no finite value and cannot be ranked: %s", name, key, len(bad), shown)
+
+
+def fit(run: Pass, target: Dataset) -> None:
+    """Fit the extractors that learn from the target rows; the states join `run.states`."""
+    wanting = {name: e for name, e in run.extractors.items() if e.fits}
+    if not wanting:
+        return
+    batches: dict[str, list[Batch]] = {}
+    group = np.asarray(target["group"])
+    for name in run.groups:
+        rows = target.select(np.flatnonzero(group == name))
+        encoded = run.encode(list(rows["messages"]), "row")
+        # One row a batch: a target set is small, and no statistic can then depend on padding.
+        batches[name] = [collate(run.backbone, [one], run.layers("row")) for one in encoded]
+        if not batches[name]:
+            raise LlmselectError(f"target group '{name}' has no rows")
+    for name, extractor in wanting.items():
+        run.states = {**run.states, name: extractor.fit(run.backbone, batches)}

@@ -1,0 +1,221 @@
+"""Recipe: the whole experiment as one tree of frozen dataclasses; YAML, `key=value` and Python build the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmselect import config
+from llmselect.errors import UsageError, nearest
+from llmselect.registry import extractors, selectors
+from llmselect.selection import Budget
+from llmselect.selectors._base import Selector, inputs_of
+from llmselect.train import Train
+
+if TYPE_CHECKING:
+    from llmselect.engine.extractor import Extractor
+
+_INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
+
+
+@dataclass(frozen=True)
+class Model:
+    """The causal LM that scores and is fine-tuned."""
+
+    path: str = field(metadata={"help": "folder or Hub id"})
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_length: int | None = field(default=None, metadata={"help": "tokens per row; null: the model's, at most 2048"})
+
+
+@dataclass(frozen=True)
+class PoolSource:
+    """Where the pool comes from and which of its rows may be used."""
+
+    path: str = field(metadata={"help": "file, folder or Hub id"})
+    columns: dict[str, str] | None = field(default=None, metadata={"help": "column map, e.g. {prompt: question}"})
+    split: str = "train"
+    limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
+    max_invalid: float = field(default=0.001, metadata={"help": "share of bad rows that stops the run"})
+    max_row_bytes: int = 1_000_000
+    decontaminate: bool = field(default=True, metadata={"help": "drop rows that share text with the test sets"})
+    overlong: Literal["reject", "truncate"] = field(
+        default="reject", metadata={"help": "rows whose responses do not fit into max_length"}
+    )
+
+
+@dataclass(frozen=True)
+class TargetSource:
+    """A task: a few examples to select for, and held-out rows to measure on."""
+
+    dev: str
+    test: str | None = None
+    columns: dict[str, str] | None = None
+    dev_limit: int | None = None
+    test_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Fine-tune on a random part of the pool first; features with `adapter: warmup` see that model."""
+
+    budget: Any = "5%"
+    train: Train = field(default_factory=Train)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Pool, targets, model, features, methods, budget, seeds, training."""
+
+    name: str
+    model: Model
+    pool: PoolSource
+    targets: dict[str, TargetSource]
+    methods: dict[str, dict[str, Any]]
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    budget: Any = field(default="5%", metadata={"help": 'rows, "5%", {fraction: 0.05} or {tokens: 200000}'})
+    seeds: list[int] = field(default_factory=lambda: [0])
+    train: Train = field(default_factory=Train)
+    full: bool = field(default=True, metadata={"help": "also train on the whole pool, at the same token budget"})
+    warmup: Warmup | None = None
+    batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
+    shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
+    out: str | None = field(default=None, metadata={"help": "run folder; null: runs/<name>"})
+    vars: dict[str, Any] = field(default_factory=dict, metadata={"help": "values for ${name} in this file"})
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+    def extractor(self, name: str, warmup: str | None = None) -> Extractor:
+        """The extractor of feature `name`, its model settings filled in from `model`."""
+        where = f"features.{name}"
+        options = dict(self.features[name])
+        cls = _named(extractors, options.pop("extractor", None), where, "extractor")
+        shared = {"model": self.model.path, "dtype": self.model.dtype, "max_length": self.model.max_length}
+        made = config.from_dict(cls, {**shared, **options}, where)
+        return replace(made, adapter=warmup) if made.adapter == "warmup" else made
+
+    def selector(self, name: str) -> tuple[Selector, dict[str, str]]:
+        """The selector of method `name`, and the features that it reads by input name."""
+        where = f"methods.{name}"
+        options = dict(self.methods[name])
+        cls = _named(selectors, options.pop("selector", None), where, "selector")
+        reads = {key: options.pop(key) for key in _INPUT_KEYS if key in options}
+        known = [f.name for f in fields(cls)] + list(_INPUT_KEYS)
+        for key in options:
+            if key not in known:
+                raise UsageError(f"{where}.{key}: unknown key.{nearest(key, known)} Allowed: {', '.join(sorted(known))}")
+        return config.from_dict(cls, options, where), reads
+
+    def check(self) -> None:
+        """Everything that can be wrong without reading data or loading a model.
+
+        Errors: `UsageError`, one line: the key, what is allowed, what to type.
+        """
+        from llmselect.train import validate
+
+        if not self.methods or not self.targets:
+            raise UsageError(f"{'methods' if not self.methods else 'targets'}: at least one is needed")
+        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features)):
+            for name in names:
+                if not name or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
+                    raise UsageError(f"{kind}.{name}: not a name; allowed: letters, digits, '_', '+', '-', not base or full")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UsageError(f"seeds: {self.seeds} must be one or more distinct numbers")
+        if self.shard_rows < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
+            raise UsageError("shard_rows and batch_tokens must be at least 1")
+        _prefixed("budget", lambda: Budget.parse(self.budget))
+        self._check_files()
+        for name in self.features:
+            if self.extractor(name).adapter == "warmup" and self.warmup is None:
+                raise UsageError(f"features.{name}.adapter: 'warmup' needs a warmup: section")
+        for name in self.methods:
+            self._check_method(name)
+        validate(self.train)
+        if self.warmup:
+            _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
+            validate(self.warmup.train)
+
+    def _check_files(self) -> None:
+        from llmselect.readers import check_source
+
+        check_source(self.pool.path, "pool.path")
+        for name, source in self.targets.items():
+            for key in ("dev", "test"):
+                if (path := getattr(source, key)) is not None:
+                    check_source(path, f"targets.{name}.{key}")
+        if looks_like_path(self.model.path) and not (Path(self.model.path) / "config.json").exists():
+            raise UsageError(f"model.path: {self.model.path} is not a folder with a config.json; give a model folder or Hub id")
+
+    def _check_method(self, name: str) -> None:
+        selector, reads = self.selector(name)
+        inputs = inputs_of(type(selector))
+        for key in reads:
+            if key not in inputs:
+                raise UsageError(f"methods.{name}.{key}: '{selector.name}' takes no {key}; its inputs: {list(inputs)}")
+        for key, required in inputs.items():
+            if key in _INPUT_KEYS and required and key not in reads:
+                raise UsageError(f"methods.{name}: '{selector.name}' needs {key}, the name of a feature: {list(self.features)}")
+        for key, feature in reads.items():
+            if str(feature).partition(".")[0] not in self.features:
+                raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
+                                 f"There are: {list(self.features)}")  # fmt: skip
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file (or a folder holding `recipe.yaml`), apply `key=value` overrides, check everything.
+
+    Paths in the file are relative to the file; in overrides to the current folder.
+
+    Errors: `UsageError` before any data is read or any model loads.
+    """
+    file = Path(path) / "recipe.yaml" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UsageError(f"no recipe at {file}; give a YAML file or a folder that holds recipe.yaml")
+    plain = config.load_yaml(file)
+    plain = _absolute(plain, file.parent)
+    plain = config.apply_overrides(plain, list(overrides or []))
+    plain = config.substitute(plain, plain.get("vars") or {})
+    recipe = config.from_dict(Recipe, plain)
+    recipe.check()
+    return recipe
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether `text` means a place on disk rather than a Hub id: it exists, starts with . / ~, or has many parts."""
+    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve what looks like a relative path (`./x`, `../x`) in the known places against the recipe's folder."""
+
+    def resolve(value: Any) -> Any:
+        return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
+
+    out = dict(plain)
+    for section, keys in (("model", ("path",)), ("pool", ("path",))):
+        if isinstance(out.get(section), Mapping):
+            out[section] = {k: resolve(v) if k in keys else v for k, v in out[section].items()}
+    if isinstance(out.get("targets"), Mapping):
+        out["targets"] = {n: {k: resolve(v) if k in ("dev", "test") else v for k, v in t.items()}
+                          if isinstance(t, Mapping) else t for n, t in out["targets"].items()}  # fmt: skip
+    return out
+
+
+def _named(registry: Any, name: Any, where: str, key: str) -> type:
+    if name is None:
+        raise UsageError(f"{where}.{key}: missing; one of {', '.join(registry.names())}")
+    try:
+        return registry.get(name)
+    except UsageError as error:
+        raise UsageError(f"{where}.{key}: {error}") from None
+
+
+def _prefixed(where: str, check: Any) -> None:
+    try:
+        check()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
