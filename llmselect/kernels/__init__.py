@@ -1,0 +1,1 @@
+"""Numeric kernels on arrays: blockwise, deterministic, judged by dense oracles."""

@@ -1,0 +1,66 @@
+"""Cosine similarity of a pool to targets, in blocks of pool rows: `[n, m]` is never built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llmselect.errors import LlmselectError
+
+BLOCK = 8192
+
+
+def unit(rows: Any) -> np.ndarray:
+    """Rows of `[b, d]` as fp32 unit vectors; a zero row stays zero, a non-finite one is an error."""
+    rows = np.asarray(rows, np.float32)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norm > 0, norm, 1)
+
+
+def unit_targets(target: Any) -> np.ndarray:
+    """Unit target vectors `[m, d]`; a target without direction is an error, not a similarity of 0."""
+    target = np.asarray(target, np.float32)
+    bad = np.flatnonzero(~np.isfinite(target).all(1) | (np.abs(target).max(1, initial=0) == 0))
+    if len(bad):
+        raise LlmselectError(f"target rows {bad[:5].tolist()} are zero or not finite: they have no direction to compare with")
+    return unit(target)
+
+
+def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `(start, cosine [b, m])` over the rows of array-like `x [n, d]`, for unit `targets [m, d]`.
+
+    Errors: `LlmselectError` naming pool rows that are not finite.
+    """
+    for start in range(0, x.shape[0], block):
+        part = unit(x[start : start + block])
+        cosine = part @ targets.T
+        if not np.isfinite(cosine).all():
+            bad = start + np.flatnonzero(~np.isfinite(part).all(1))
+            raise LlmselectError(f"{len(bad)} rows have no finite value and cannot be ranked: rows {bad[:5].tolist()}")
+        yield start, cosine
+
+
+def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The `count` nearest pool rows of each target, best first (ties by key), and each row's largest cosine `[n]`.
+
+    One pass over `x`; memory O(m · count + block · m).
+    """
+    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in targets]
+    largest = np.empty(x.shape[0], np.float32)
+    for start, cosine in similarity_blocks(x, targets):
+        largest[start : start + len(cosine)] = cosine.max(1)
+        for j, (rows, values) in enumerate(held):
+            column = cosine[:, j]
+            if len(values) >= count:  # most blocks hold few rows that beat what is kept
+                better = np.flatnonzero(column >= values[-1])
+                if not len(better):
+                    continue
+            else:
+                better = np.arange(len(column))
+            rows = np.concatenate([rows, start + better])
+            values = np.concatenate([values, column[better]])
+            order = np.lexsort((keys[rows], -values))[:count]
+            held[j] = rows[order], values[order]
+    return [rows for rows, _ in held], largest

@@ -1,0 +1,51 @@
+"""Fair shares between groups, and turns between ranked lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def waterfill(k: int, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Shares `b [B]` of `k` over groups of `sizes [B]`: as equal as the sizes allow, summing to min(k, Σ sizes).
+
+    In ascending order of size, b_j = min(size_j, ⌊rest / (B - j)⌋); what is left of the division goes one each to the
+    largest groups.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    out, rest = np.zeros(len(sizes), np.int64), min(int(k), int(sizes.sum()))
+    order = np.argsort(sizes, kind="stable")
+    for j, group in enumerate(order):
+        out[group] = min(int(sizes[group]), rest // (len(order) - j))
+        rest -= int(out[group])
+    return out
+
+
+def round_robin(lists: Sequence[np.ndarray], k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `k` distinct rows when the lists take turns, each giving its best row not yet taken.
+
+    Args:
+        lists: row numbers (< n), best first.
+
+    Returns:
+        rows `[≤ k]` in the order taken, and the list `[≤ k]` that gave each; fewer when the lists run out.
+    """
+    taken = np.zeros(n, bool)
+    order, origin, at = [], [], [0] * len(lists)
+    alive = list(range(len(lists)))
+    while alive and len(order) < k:
+        for which in list(alive):
+            ranked = lists[which]
+            while at[which] < len(ranked) and taken[ranked[at[which]]]:
+                at[which] += 1
+            if at[which] == len(ranked):
+                alive.remove(which)
+                continue
+            row = int(ranked[at[which]])
+            taken[row] = True
+            order.append(row)
+            origin.append(which)
+            if len(order) == k:
+                break
+    return np.array(order, np.int64), np.array(origin, np.int64)

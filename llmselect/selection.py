@@ -1,0 +1,184 @@
+"""Selection: the rows chosen, in rank order, with their scores, the evidence for each, and how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmselect import atomic
+from llmselect.errors import LlmselectError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ALLOWED = 'give a number of rows, "5%", {fraction: 0.05} or {tokens: 200000}'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to select: exactly one of `rows`, `fraction` in (0, 1], `tokens` (supervised tokens)."""
+
+    rows: int | None = None
+    fraction: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.rows, self.fraction, self.tokens) if v is not None]
+        if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
+            raise UsageError(f"a budget has exactly one of rows, fraction, tokens; {_ALLOWED}")
+        if not given[0] > 0 or given[0] == float("inf"):
+            raise UsageError(f"{given[0]} is not a positive budget; {_ALLOWED}")
+        if self.fraction is not None and self.fraction > 1:
+            raise UsageError(f"{self.fraction:.0%} is more than the whole pool; {_ALLOWED}")
+        if any(v is not None and v != int(v) for v in (self.rows, self.tokens)):
+            raise UsageError(f"{given[0]} is not a whole number of rows or tokens; {_ALLOWED}")
+
+    @classmethod
+    def parse(cls, value: Any) -> Budget:
+        """From `5000`, `"5%"`, `0.05`, a mapping, or a Budget.
+
+        Errors: `UsageError` for anything else, for nothing, and for more than everything.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, Mapping):
+            if unknown := set(value) - {"rows", "fraction", "tokens"}:
+                raise UsageError(f"{sorted(map(str, unknown))[0]!r} is no kind of budget; {_ALLOWED}")
+            return cls(**value)
+        if isinstance(value, str):
+            if match := re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%\s*", value):
+                return cls(fraction=float(match[1]) / 100)
+            if match := re.fullmatch(r"\s*(-?\d+)\s*", value):
+                return cls(rows=int(match[1]))
+            raise UsageError(f"{value!r} is not a budget; {_ALLOWED}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{value!r} is not a budget; {_ALLOWED}")
+        return cls(fraction=value) if isinstance(value, float) and 0 < value < 1 else cls(rows=value)  # type: ignore[arg-type]
+
+    def rows_of(self, n: int) -> int:
+        """Rows of a pool of `n`: never over, at least one. Errors: `UsageError` when the pool is smaller."""
+        if self.rows is not None:
+            if self.rows > n:
+                raise UsageError(f"a budget of {self.rows} rows is more than the {n} rows of the pool")
+            return int(self.rows)
+        assert self.fraction is not None, "a token budget has no number of rows of its own"
+        return max(1, int(self.fraction * n + 1e-9))
+
+    def plain(self) -> dict[str, Any]:
+        """As a mapping with its one key."""
+        return {k: v for k, v in (("rows", self.rows), ("fraction", self.fraction), ("tokens", self.tokens)) if v is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A frozen selection.
+
+    `indices [k]` int64 in rank order; `n` rows of the pool; `scores` `[n]` or `[n, G]` of the whole pool, the losers'
+    too; `weights [k]`; `evidence` arrays `[k, …]` aligned with `indices`: why each row was picked; `nested`: whether
+    its prefixes are the selections of smaller budgets; `ids [k]`; `provenance`: how it was made.
+    """
+
+    indices: np.ndarray
+    n: int
+    scores: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    evidence: Mapping[str, np.ndarray] = field(default_factory=dict)
+    nested: bool = True
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    ids: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        indices = np.asarray(self.indices, np.int64)
+        if len(np.unique(indices)) != len(indices) or (len(indices) and not 0 <= indices.min() <= indices.max() < self.n):
+            raise LlmselectError(f"a selection holds distinct rows of 0 … {self.n - 1}")
+        object.__setattr__(self, "indices", indices)
+        for array in (indices, self.scores, self.weights, *self.evidence.values()):
+            if array is not None and array.flags.owndata:
+                array.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} of {self.n} rows by {self.provenance.get('selector', 'hand')})"
+
+    def to_dataset(self, pool: Dataset) -> Dataset:
+        """The selected rows of `pool` in rank order. Errors: `LlmselectError` when `pool` is not the pool selected from."""
+        if len(pool) != self.n:
+            raise LlmselectError(f"this selection is from a pool of {self.n} rows, the one given has {len(pool)}")
+        chosen = pool.select(self.indices)
+        if self.ids is not None and "id" in chosen.column_names and list(chosen["id"]) != list(self.ids):
+            raise LlmselectError("the ids of this pool's rows are not those selected: it is another pool, or reordered")
+        return chosen
+
+    def prefix(self, k: int) -> Selection:
+        """The selection at a smaller budget, at no cost."""
+        if not self.nested or not 0 < k <= len(self):
+            raise UsageError(f"prefix({k}): " + ("this method's selections are not nested; select again" if not self.nested
+                             else f"give 1 to {len(self)} rows"))  # fmt: skip
+        cut = {name: values[:k] for name, values in self.evidence.items()}
+        return replace(self, indices=self.indices[:k], evidence=cut, ids=None if self.ids is None else list(self.ids[:k]),
+                       weights=None if self.weights is None else self.weights[:k])  # fmt: skip
+
+    def overlap(self, other: Selection) -> float:
+        """Jaccard overlap |A ∩ B| / |A ∪ B| of two selections from one pool."""
+        if other.n != self.n:
+            raise UsageError(f"selections from pools of {self.n} and {other.n} rows cannot be compared")
+        both = len(np.intersect1d(self.indices, other.indices))
+        return both / max(1, len(self) + len(other) - both)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `selected.parquet` (rank, index, id, weight, evidence), `scores.npy`, `selection.json`: the same bytes
+        for the same selection."""
+        files = {"selected.parquet": self._table()}
+        if self.scores is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, self.scores, allow_pickle=False)
+            files["scores.npy"] = buffer.getvalue()
+        about = {"n": self.n, "nested": self.nested, "provenance": dict(self.provenance),
+                 "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}  # fmt: skip
+        with atomic.replace_dir(folder) as beside:
+            for name, data in files.items():
+                (beside / name).write_bytes(data)
+            atomic.write_json(beside / "selection.json", about)
+
+    def _table(self) -> bytes:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {"rank": np.arange(len(self)), "index": self.indices}
+        if self.ids is not None:
+            columns["id"] = list(self.ids)
+        if self.weights is not None:
+            columns["weight"] = self.weights
+        columns |= {f"evidence_{k}": v if np.ndim(v) == 1 else np.asarray(v).tolist() for k, v in self.evidence.items()}
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Selection:
+        """Read what `save` wrote. Errors: `LlmselectError` naming a missing or damaged file."""
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        if not (folder / "selection.json").exists():
+            raise LlmselectError(f"{folder} holds no selection (no selection.json)")
+        about = json.loads((folder / "selection.json").read_text())
+        for name, digest in about["sha256"].items():
+            if not (folder / name).exists() or atomic.sha256_file(folder / name) != digest:
+                raise LlmselectError(f"{folder / name} is missing or damaged; delete {folder} and select again")
+        table = pq.read_table(folder / "selected.parquet")
+        column = {name: table[name] for name in table.column_names}
+        evidence = {k.removeprefix("evidence_"): np.array(v.to_pylist()) for k, v in column.items() if k.startswith("evidence_")}
+        scores = np.load(folder / "scores.npy", allow_pickle=False) if "scores.npy" in about["sha256"] else None
+        return cls(column["index"].to_numpy(), about["n"], scores, column["weight"].to_numpy() if "weight" in column else None,
+                   evidence, about["nested"], about["provenance"], column["id"].to_pylist() if "id" in column else None)  # fmt: skip

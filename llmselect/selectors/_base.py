@@ -1,0 +1,141 @@
+"""The base of every selector: hyper-parameters as fields, one hook whose keyword-only parameters are its inputs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llmselect import config
+from llmselect.errors import LlmselectError, UsageError, nearest
+from llmselect.kernels.keyed import Keyed, keys_of
+from llmselect.kernels.topk import topk_stable
+from llmselect.selection import Budget, Selection
+
+VOCABULARY = {
+    "x": "[n, d] or [n] pool features",
+    "target": "[m, d] target features",
+    "target_groups": "[m] task of each target row",
+    "quality": "[n] scores",
+    "groups": "[n] source or cluster",
+    "cost": "[n] supervised tokens",
+}
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a `pick` hook returns: rows in rank order and, if it has them, scores, weights and evidence per picked row."""
+
+    order: np.ndarray
+    scores: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    evidence: dict[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A method. A subclass has exactly one hook:
+
+    `score(self, rng, *, x, …) -> [n]`, higher is better, or `pick(self, k, rng, *, x, …) -> Picked` of k rows.
+    """
+
+    name: ClassVar[str]
+    nested: ClassVar[bool] = True  # prefixes of a selection are the selections of smaller budgets
+    stochastic: ClassVar[bool] = False  # the seed matters
+    x_ndim: ClassVar[tuple[int, ...]] = (2,)
+
+    def select(self, budget: Any, *, seed: int = 0, ids: Any = None, n: int | None = None, **inputs: Any) -> Selection:
+        """Select rows within `budget`.
+
+        Args:
+            budget: rows, `"5%"`, `{fraction: …}` or `{tokens: …}` (needs `cost`); exact, never over.
+            seed: of every random draw; draws are keyed by row id, so the order of the pool does not matter.
+            ids: row ids; taken from `x.ids` where there are any, else row numbers.
+            n: rows of the pool, for a method without inputs.
+            inputs: arrays of the vocabulary that the hook declares; `cost` may always be given.
+
+        Errors: `UsageError` for missing, unknown or mismatched inputs and impossible budgets; `LlmselectError` naming
+        rows whose scores are not finite.
+        """
+        budget = Budget.parse(budget)
+        cost = inputs.get("cost")
+        inputs = self._checked(inputs)
+        n = self._rows(n, ids, cost, inputs)
+        ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)
+        rng = Keyed(seed, keys_of(ids, n))
+        if budget.tokens is None:
+            picked = self._pick(budget.rows_of(n), rng, inputs)
+        else:
+            picked = self._pick_tokens(budget.tokens, n, cost, rng, inputs)
+        made = {"selector": self.name, "config": config.to_dict(self), "seed": seed, "budget": budget.plain(), "n": n}
+        chosen = None if ids is None else [ids[int(i)] for i in picked.order]
+        return Selection(picked.order, n, picked.scores, picked.weights, picked.evidence or {}, self.nested, made, chosen)
+
+    def _pick(self, k: int, rng: Keyed, inputs: dict[str, Any]) -> Picked:
+        if hasattr(self, "pick"):
+            return self.pick(k, rng, **inputs)
+        scores = np.asarray(self.score(rng, **inputs))  # type: ignore[attr-defined]
+        return Picked(topk_stable(scores, k, rng.keys), scores)
+
+    def _pick_tokens(self, tokens: int, n: int, cost: Any, rng: Keyed, inputs: dict[str, Any]) -> Picked:
+        """The longest prefix of the ranking that costs at most `tokens`; the ranking grows until it is long enough."""
+        if cost is None:
+            raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
+        cost = np.asarray(cost, np.int64)
+        k = min(n, max(16, int(1.2 * tokens / max(1.0, float(cost.mean())))))
+        while True:
+            picked = self._pick(k, rng, inputs)
+            total = np.cumsum(cost[picked.order])
+            if k == n or (len(total) and total[-1] > tokens):
+                break
+            k = min(n, 2 * k)
+        fits = int(np.searchsorted(total, tokens, side="right"))
+        if not fits:
+            raise UsageError(f"a budget of {tokens} tokens holds no row: the first one costs {int(total[0])}")
+        cut = {name: values[:fits] for name, values in (picked.evidence or {}).items()}
+        weights = None if picked.weights is None else picked.weights[:fits]
+        return Picked(picked.order[:fits], picked.scores, weights, cut)
+
+    def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        wanted = inputs_of(type(self))
+        for name in inputs:
+            if name not in wanted and name != "cost":
+                raise UsageError(f"'{self.name}' takes no {name}.{nearest(name, wanted)} Its inputs: {list(wanted) or 'none'}")
+        for name, required in wanted.items():
+            if required and inputs.get(name) is None:
+                raise UsageError(f"'{self.name}' needs {name}=, {VOCABULARY[name]}")
+        kept = {name: value for name, value in inputs.items() if name in wanted and value is not None}
+        for name, value in kept.items():
+            if not hasattr(value, "shape"):
+                kept[name] = np.asarray(value)
+        x, target = kept.get("x"), kept.get("target")
+        if x is not None and len(x.shape) not in self.x_ndim:
+            raise UsageError(f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes")
+        if x is not None and target is not None and tuple(x.shape[1:]) != tuple(target.shape[1:]):
+            raise UsageError(f"x {tuple(x.shape)} and target {tuple(target.shape)} must have the same number of columns")
+        return kept
+
+    def _rows(self, n: int | None, ids: Any, cost: Any, inputs: dict[str, Any]) -> int:
+        per_row = {k: v for k, v in inputs.items() if k not in ("target", "target_groups")}
+        lengths = {name: len(v) if not hasattr(v, "shape") else v.shape[0] for name, v in per_row.items()}
+        lengths |= {name: len(v) for name, v in (("ids", ids), ("cost", cost)) if v is not None}
+        lengths |= {"n": n} if n is not None else {}
+        if not lengths:
+            raise UsageError(f"'{self.name}' cannot tell how many rows there are: give n=, ids= or cost=")
+        if len(set(lengths.values())) > 1:
+            raise UsageError(f"inputs disagree on the number of rows: {lengths}")
+        rows = next(iter(lengths.values()))
+        if rows == 0:
+            raise LlmselectError("the pool is empty")
+        if len(groups := inputs.get("target_groups", ())) and len(groups) != inputs["target"].shape[0]:
+            raise UsageError(f"target_groups has {len(groups)} entries for {inputs['target'].shape[0]} target rows")
+        return rows
+
+
+def inputs_of(cls: type) -> dict[str, bool]:
+    """The inputs a selector's hook declares, and whether each is required."""
+    hook = getattr(cls, "pick", None) or cls.score  # type: ignore[attr-defined]
+    parameters = inspect.signature(hook).parameters.values()
+    return {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -1,0 +1,51 @@
+"""The best rows of any score, combined over target groups.
+
+Paper: none; TRIM (arXiv 2510.07118) ranks this way, as do perplexity and IFD filters.
+Objective: one column: the k largest (or smallest). Several columns, one per target group: `round_robin` lets the groups
+    take turns, each giving its best row not yet taken; `mean` and `max` rank by the mean or the largest over groups.
+Inputs: `x [n]` or `[n, G]`.
+Cost: O(G·(n + k log k)).
+Deviations: none.
+Defaults: round robin, because scores of different tasks are not comparable; `standardize` makes columns comparable
+    (mean 0, sd 1 over the pool) for `mean` and `max`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from llmselect.kernels.groups import round_robin
+from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.topk import topk_stable
+from llmselect.registry import selectors
+from llmselect.selectors._base import Picked, Selector
+
+
+@selectors.register("topk")
+@dataclass(frozen=True)
+class TopK(Selector):
+    """Rows by score, best first."""
+
+    x_ndim: ClassVar[tuple[int, ...]] = (1, 2)
+
+    order: Literal["desc", "asc"] = field(default="desc", metadata={"help": "desc: the largest first"})
+    reduce: Literal["round_robin", "mean", "max"] = field(default="round_robin", metadata={"help": "over target groups"})
+    standardize: bool = field(default=False, metadata={"help": "z-score each group's column before mean or max"})
+
+    def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
+        scores = np.asarray(x, np.float32).reshape(x.shape[0], -1)
+        largest = self.order == "desc"
+        if self.reduce == "round_robin" and scores.shape[1] > 1:
+            lists = [topk_stable(column, k, rng.keys, largest=largest) for column in scores.T]
+            order, group = round_robin(lists, k, len(scores))
+            return Picked(order, scores, evidence={"group": group, "score": scores[order, group]})
+        columns = scores.astype(np.float64)
+        if self.standardize:
+            columns = (columns - columns.mean(0)) / np.where(columns.std(0) > 0, columns.std(0), 1)
+        best = columns.max(1) if largest else columns.min(1)  # "max" means the best group, whichever end is best
+        combined = best if self.reduce == "max" else columns.mean(1)
+        order = topk_stable(combined, k, rng.keys, largest=largest)
+        return Picked(order, combined.astype(np.float32), evidence={"score": combined[order]})
