@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from llmselect.errors import UsageError, nearest
+from llmselect.errors import LlmselectError, UsageError, nearest
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 1_000_000
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", type(None): "null"}
+_VARIABLE = re.compile(r"\$\{([^}]*)\}?")
+_MISSING: Any = object()
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     """Build dataclass `cls` from a mapping, refusing what it does not declare.
 
-    Errors: `UsageError` with the key's path: an unknown key (names the nearest), a missing one, a wrong type.
+    Errors: `UsageError` with the key's path: an unknown key (names the nearest), a missing one, a wrong type, or what
+    the class's own `__post_init__` refuses.
     """
     if not isinstance(data, Mapping):
-        raise _wrong(where, "a mapping of keys", data)
+        raise _wrong(where, cls, data)
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise UsageError(f"{_join(where, key)}: unknown key.{nearest(key, known)} Allowed: {', '.join(known)}")
+            allowed = ", ".join(known) or "none"
+            raise UsageError(f"{_join(where, key)}: unknown key.{nearest(key, known)} Allowed: {allowed}")
     for name, f in known.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UsageError(f"{_join(where, name)}: missing; it has no default")
+            raise UsageError(f"{_join(where, name)}: missing; it has no default; expected {_spell(hints[name])}")
     values = {key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()}
     try:
         return cls(**values)
@@ -44,177 +51,249 @@ def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def _wrong(where: str, expected: str, value: Any) -> UsageError:
-    return UsageError(f"{where or 'recipe'}: expected {expected}, got {value!r} ({type(value).__name__})")
+def _wrong(where: str, hint: Any, value: Any) -> UsageError:
+    options = [str(a) for h in (hint, *get_args(hint)) if get_origin(h) is Literal for a in get_args(h)]
+    close = nearest(value, options)
+    got = f"{reprlib.repr(value)} ({type(value).__name__})"
+    return UsageError(f"{where or 'recipe'}: expected {_spell(hint)}, got {got}{'.' if close else ''}{close}")
+
+
+def _spell(hint: Any) -> str:
+    """What a user may write for `hint`, in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return "any value"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spell(a) for a in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    kind = origin or hint
+    if kind is dict or dataclasses.is_dataclass(kind):
+        return "a mapping of keys"
+    if kind in (list, tuple):
+        fixed = kind is tuple and arguments and arguments[-1] is not Ellipsis
+        return f"a list of {len(arguments)} values" if fixed else "a list"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    kind = origin or hint
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        return _convert_union(arguments, value, where)
+        return _convert_union(hint, arguments, value, where)
     if origin is Literal:
-        if value in arguments and type(value) in {type(a) for a in arguments}:
+        if any(value == a and type(value) is type(a) for a in arguments):
             return value
-        raise UsageError(f"{where}: {value!r} is not allowed.{nearest(value, map(str, arguments))} One of: {_names(arguments)}")
+        raise _wrong(where, hint, value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
-    if origin is list or hint is list or origin is tuple or hint is tuple:
-        return _convert_sequence(hint, arguments, value, where)
-    if origin is dict or hint is dict:
+    if kind in (list, tuple):
+        return _convert_sequence(hint, kind, arguments, value, where)
+    if kind is dict:
         if not isinstance(value, Mapping):
-            raise _wrong(where, "a mapping of keys", value)
+            raise _wrong(where, hint, value)
         inner = arguments[1] if arguments else Any
-        return {str(key): _convert(inner, one, _join(where, key)) for key, one in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise UsageError(f"{where}: the key {key!r} is not text; put it in quotes")
+        return {key: _convert(inner, one, _join(where, key)) for key, one in value.items()}
     return _convert_scalar(hint, value, where)
 
 
-def _convert_union(arguments: Sequence[Any], value: Any, where: str) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    members = [a for a in arguments if a is not type(None)]
-    errors = []
-    for member in members:
+def _convert_union(hint: Any, arguments: Sequence[Any], value: Any, where: str) -> Any:
+    deeper = []
+    # The value's own type first, else `int | str` would turn the text "1e5" into a number.
+    for member in sorted(arguments, key=lambda a: a is not type(value)):
         try:
             return _convert(member, value, where)
         except UsageError as error:
-            errors.append(error)
-    if len(members) == 1:
-        raise errors[0]
-    raise _wrong(where, " or ".join(getattr(m, "__name__", str(m)) for m in members), value)
+            if _spell(member).startswith("a mapping" if isinstance(value, Mapping) else "a list"):
+                deeper.append(error)
+    # Only a member of the value's shape can say which key or entry inside it is wrong.
+    shaped = isinstance(value, Mapping | list | tuple)
+    raise deeper[0] if shaped and len(deeper) == 1 else _wrong(where, hint, value)
 
 
-def _convert_sequence(hint: Any, arguments: Sequence[Any], value: Any, where: str) -> Any:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise _wrong(where, "a list", value)
-    inner = arguments[0] if arguments else Any
-    made = [_convert(inner, one, f"{where}[{i}]") for i, one in enumerate(value)]
-    return tuple(made) if (get_origin(hint) or hint) is tuple else made
+def _convert_sequence(hint: Any, kind: type, arguments: Sequence[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, hint, value)
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise _wrong(where, hint, value)
+        inner = list(arguments)
+    else:
+        inner = [arguments[0] if arguments else Any] * len(value)
+    return kind(_convert(one, v, f"{where}[{i}]") for i, (one, v) in enumerate(zip(inner, value, strict=True)))
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint in (int, float) and not isinstance(value, bool):
-        number = _number(value)  # YAML 1.1 reads 1e5 as text
+        number = _number(value)
         if number is not None and (hint is float or number == int(number)):
             return hint(number)
     elif hint in (bool, str, type(None)) and isinstance(value, hint):
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise _wrong(where, expected.get(hint, getattr(hint, "__name__", str(hint))), value)
+    raise _wrong(where, hint, value)
 
 
 def _number(value: Any) -> float | int | None:
+    """A finite number, or text that YAML 1.1 should have read as one (`1e5`); None for anything else."""
     if isinstance(value, int | float):
-        return value if value == value and abs(value) != float("inf") else None
-    if not isinstance(value, str) or "e" not in value.lower():
+        return value if abs(value) <= sys.float_info.max else None
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         return None
-    try:
-        return _number(float(value))
-    except ValueError:
-        return None
+    return _number(float(value))
 
 
-def _names(arguments: Sequence[Any]) -> str:
-    return ", ".join(map(str, arguments))
+def fields_help(cls: type) -> list[dict[str, Any]]:
+    """One row per field that a user may set, for `llmselect show`: its name, type in words, default and help text.
+
+    A field without a default has the default `"required"`; nested dataclasses give rows with dotted names.
+    """
+    rows: list[dict[str, Any]] = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if not f.init:
+            continue
+        if dataclasses.is_dataclass(hints[f.name]):
+            rows += [{**row, "name": _join(f.name, row["name"])} for row in fields_help(hints[f.name])]
+            continue
+        default: Any = "required" if f.default is dataclasses.MISSING else to_dict(f.default)
+        if f.default_factory is not dataclasses.MISSING:
+            default = to_dict(f.default_factory())
+        text = f.metadata.get("help", "")
+        rows.append({"name": f.name, "type": _spell(hints[f.name]), "default": default, "help": text})
+    return rows
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON types of a dataclass (or of any value inside one); `from_dict` builds it again."""
+    """Plain JSON types of a dataclass (or of any value inside one); `from_dict` builds it again.
+
+    Errors: `LlmselectError` for a value that JSON does not have (a set, an array, NaN).
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(key): to_dict(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise LlmselectError(f"{reprlib.repr(value)} ({type(value).__name__}) cannot stand in a configuration; use plain values")
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `to_dict(value)`."""
-    text = json.dumps(to_dict(value), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """SHA-256 (hex) of the canonical JSON of `to_dict(value)`: a dataclass or plain values."""
+    return hashlib.sha256(_canonical(to_dict(value)).encode("ascii")).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
 def difference(old: Any, new: Any, at: str = "") -> list[str]:
-    """Readable lines `train.tokens: 1000 → 2000` for what differs between two plain trees."""
+    """Readable lines `train.tokens: 1000 -> 2000`, one per key in which two plain trees differ, sorted by key.
+
+    There is none exactly when the fingerprints are equal.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in difference(old.get(key), new.get(key), _join(at, key))]
-    return [] if old == new else [f"{at}: {old} → {new}"]
+        keys = sorted(old.keys() | new.keys(), key=str)
+        pairs = ((old.get(key, _MISSING), new.get(key, _MISSING), _join(at, key)) for key in keys)
+        return [line for pair in pairs for line in difference(*pair)]
+    shown = ["absent" if one is _MISSING else _canonical(to_dict(one)) for one in (old, new)]
+    return [] if shown[0] == shown[1] else [f"{at or 'all'}: {shown[0]} -> {shown[1]}"]
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with dotted `key=value` settings; values are read as YAML."""
-    out = json.loads(json.dumps(data))
+    """A copy of `data` with dotted `key=value` settings; values are read as YAML, missing levels are made.
+
+    Errors: `UsageError` for what is no `key=value`, for a value that is no YAML, and for a key inside a list.
+    """
+    out = copy.deepcopy(dict(data))
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key or any(not part for part in key.split(".")):
+        path = key.strip().split(".")
+        if not equals or not all(re.fullmatch(r"[^\s\[\]]+", part) for part in path):
             raise UsageError(f"{text!r} is not an override; type key=value, for example train.tokens=100000")
         place = out
-        *path, last = key.split(".")
-        for part in path:
-            if not isinstance(place.setdefault(part, {}), dict):
+        for depth, part in enumerate(path[:-1]):
+            inner = place.get(part)
+            if isinstance(inner, list):
+                at = ".".join(path[: depth + 1])
+                raise UsageError(f"{text!r}: {at} is a list; give all of it, for example {at}=[0,1]")
+            if not isinstance(inner, dict):  # a shorthand such as budget: 5% gives way to budget.rows=100
                 place[part] = {}
             place = place[part]
-        place[last] = _yaml(value, f"override {key}")
+        place[path[-1]] = parse_yaml(value, f"override {text!r}")
     return out
 
 
 def substitute(data: Any, values: Mapping[str, Any], where: str = "") -> Any:
-    """Replace `${name}` in every text by `values[name]`.
+    """Replace `${name}` in every text by `values[name]`; the environment is never read, `vars` itself stays as it is.
 
-    Errors: `UsageError` naming the variable to set when it has no value.
+    Errors: `UsageError` naming the variable to set when it is absent or null.
     """
     if isinstance(data, Mapping):
         return {k: v if where == "" and k == "vars" else substitute(v, values, _join(where, k)) for k, v in data.items()}
     if isinstance(data, list):
         return [substitute(one, values, f"{where}[{i}]") for i, one in enumerate(data)]
-    if not isinstance(data, str) or "${" not in data:
+    if not isinstance(data, str):
         return data
-    for name in Template(data).get_identifiers():
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if not re.fullmatch(r"\w+", name) or not match[0].endswith("}"):
+            raise UsageError(f"{where}: {match[0]} names no variable; type ${{name}} with letters, digits and '_'")
         if values.get(name) is None:
-            raise UsageError(f"{where}: {data} needs a value; type vars.{name}=…")
-    return Template(data).safe_substitute({k: str(v) for k, v in values.items()})
+            raise UsageError(f"{where}: {data} needs a value for '{name}'; set it: vars.{name}=PATH")
+        if isinstance(values[name], Mapping | list):
+            raise UsageError(f"vars.{name}: expected text or a number, got {reprlib.repr(values[name])}")
+        return str(values[name])
+
+    return _VARIABLE.sub(fill, data)
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML mapping: no duplicate keys, no aliases (a few lines of them can expand to gigabytes), at most 1 MB."""
+    """A YAML mapping: no duplicate keys, no aliases (a few lines of them can expand to gigabytes), at most 1 MB.
+
+    Errors: `UsageError` naming the file, and line and column of bad YAML.
+    """
     path = Path(path)
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise UsageError(f"{path}: {path.stat().st_size} bytes is more than the {MAX_YAML_BYTES} a recipe may have")
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise UsageError(f"{path}: more than the {MAX_YAML_BYTES} bytes that a YAML file may have here")
+    try:
+        data = parse_yaml(raw.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    data = _yaml(text, str(path))
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys, this is {type(data).__name__}")
+        kind = "is empty" if data is None else f"is {_spell(type(data))}"
+        raise UsageError(f"{path}: expected a mapping of keys (key: value lines), the file {kind}")
     return data
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values of YAML `text`; dates stay text.
+
+    Errors: `UsageError` with `where`, line and column.
+    """
     import yaml
 
-    class Strict(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            seen = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key.value}'", key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
+    from llmselect.yaml_loader import StrictLoader
 
     try:
-        return yaml.load(text, Strict)
+        return yaml.load(text, StrictLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"{where}:{at} {getattr(error, 'problem', None) or error}") from None
+        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
+        line = mark.line if mark else 0
+        raise UsageError(f"{where}: {error}") from None

@@ -1,0 +1,23 @@
+# Needs Python 3.11 or newer and this file; everything else goes into .venv.
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+BIN := .venv/bin
+
+.PHONY: quickstart test lint install clean
+
+quickstart: install  ## the whole loop on a tiny model: extract, select, train, evaluate; prints its table
+	$(BIN)/llmselect run recipes/quickstart/recipe.yaml
+
+test: install  ## every test that takes seconds, on two cores
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: install  ## ruff and pyright, no exclude list
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+install:  ## does nothing when .venv is already as pyproject.toml and .ci/constraints.txt say
+	@.ci/install
+
+clean:  ## removes what can be made again; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

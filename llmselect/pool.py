@@ -1,0 +1,204 @@
+"""Pools and targets: any instruction data → a `datasets.Dataset` with `id`, `messages`, `source` (and `group`).
+
+Rows are streamed: the pool lies in an Arrow file that is memory-mapped, and RAM holds one 16-byte digest a row while duplicates
+are looked for. Every row is accounted for: read = kept + invalid + duplicates + contaminated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmselect.decontaminate import Contamination
+from llmselect.errors import LlmselectError
+from llmselect.formats import Invalid, Message, check_columns, to_messages
+from llmselect.readers import read
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("llmselect")
+BATCH = 1000
+
+
+def content_id(messages: list[Message]) -> str:
+    """The identity of a row: the first 16 bytes, in hex, of the SHA-256 of its canonical messages."""
+    plain = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+
+
+@dataclass
+class PoolReport:
+    """What became of the rows read; `reasons` counts the invalid ones, `quarantine` names the file of all rejected."""
+
+    read: int = 0
+    kept: int = 0
+    invalid: int = 0
+    duplicates: int = 0
+    contaminated: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    quarantine: Path | None = None
+    examples: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return (f"{self.read} rows read = {self.kept} kept + {self.duplicates} duplicates + {self.contaminated} "
+                f"contaminated + {self.invalid} invalid {dict(self.reasons) or ''}").rstrip()  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "reasons": dict(self.reasons), "quarantine": self.quarantine and self.quarantine.name}
+
+
+@dataclass
+class _Quarantine:
+    """Rejected rows, one JSON object a line, complete or absent."""
+
+    path: Path
+    report: PoolReport
+
+    def __post_init__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self.file = self.beside.open("w", encoding="utf-8")
+
+    def add(self, kind: str, reason: str, detail: str, origin: str, row_id: str | None, excerpt: str) -> None:
+        safe = excerpt[:200].encode("utf-8", "backslashreplace").decode()
+        entry = {"kind": kind, "reason": reason, "detail": detail[:300].encode("utf-8", "backslashreplace").decode(),
+                 "origin": origin, "id": row_id, "excerpt": safe}  # fmt: skip
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if kind == "invalid":
+            self.report.invalid += 1
+            self.report.reasons[reason] += 1
+            if len(self.report.examples) < 3:
+                self.report.examples.append(f"{origin}: {reason}: {detail[:160]}")
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.beside, self.path)
+        self.report.quarantine = self.path
+
+
+def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: str | None = None, split: str = "train",
+              source_name: str | None = None, limit: int | None = None, max_invalid: float = 0.001,
+              max_row_bytes: int = 1_000_000, workdir: Path | str | None = None, against: Iterable[Dataset] = (),
+              quarantine: Path | str | None = None) -> tuple[Dataset, PoolReport]:  # fmt: skip
+    """`load_pool`, with the account of every row."""
+    from datasets import Dataset
+
+    check_columns(columns)
+    folder = Path(workdir) if workdir else Path(tempfile.mkdtemp(prefix="llmselect-pool-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = PoolReport()
+    rejects = _Quarantine(Path(quarantine or folder / "quarantine.jsonl"), report)
+    contamination = Contamination()
+    for data in against:
+        contamination.add(data)
+    rows = _accepted(read(source, split, max_row_bytes), columns, source_name, limit, max_row_bytes, report, rejects)
+    clean = _distinct(rows, contamination, report, rejects)
+    file = _write(folder / "pool.arrow", clean, group, report)
+    rejects.close()
+    if report.invalid > max_invalid * report.read:
+        raise LlmselectError(
+            f"{report.invalid} of {report.read} rows are invalid, more than max_invalid = {max_invalid:.3%}: "
+            f"{dict(report.reasons)}\n  " + "\n  ".join(report.examples)
+            + f"\nAll of them are in {report.quarantine}. Mend the data, or allow more: pool.max_invalid=0.05"
+        )  # fmt: skip
+    if not report.kept:
+        raise LlmselectError(f"no usable rows in {source}: {report.describe()}")
+    log.info("%s: %s", source if isinstance(source, str | Path) else "pool", report.describe())
+    return Dataset.from_file(str(file)), report
+
+
+def load_pool(source: Any, **options: Any) -> Dataset:
+    """Read instruction data of any recognised format into a `datasets.Dataset`.
+
+    Args:
+        source: a Hub dataset id; a json, jsonl, parquet or csv file (also .gz) or a folder of them; a `Dataset` or any
+            iterable of rows.
+        columns: a column map such as `{"prompt": "question", "response": "answer"}`, where the names are not known.
+        group: makes it a target: the task that its rows belong to.
+        split: of a Hub dataset.
+        source_name: `source` of rows that name none.
+        limit: read only the first rows.
+        max_invalid: share of invalid rows above which loading stops, with examples.
+        max_row_bytes: a longer row is invalid.
+        workdir: where the Arrow file and the quarantine go; a temporary folder by default.
+        against: evaluation sets; rows that share text with them are dropped.
+        quarantine: the file of rejected rows, each with its reason and origin.
+
+    Errors: `UsageError` for a source that is not there; `LlmselectError` above `max_invalid`.
+    """
+    return read_pool(source, **options)[0]
+
+
+def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | None, max_row_bytes: int,
+              report: PoolReport, rejects: _Quarantine) -> Iterator[tuple[str, str, list[Message]]]:  # fmt: skip
+    """Valid rows as (origin, source, messages)."""
+    for stem, (origin, row) in raws:
+        if limit is not None and report.read >= limit:
+            return
+        report.read += 1
+        try:
+            if isinstance(row, Invalid):
+                raise row
+            messages = to_messages(row, columns)
+            if sum(len(m["content"].encode()) for m in messages) > max_row_bytes:
+                raise Invalid("too_large", f"the row is longer than {max_row_bytes} bytes (max_row_bytes)")
+        except Invalid as found:
+            text = "" if isinstance(row, Invalid) else str(row)[:400]
+            rejects.add("invalid", found.reason, found.detail, origin, None, text)
+            continue
+        named = row.get((columns or {}).get("source", "source"))
+        yield origin, source_name or (named if isinstance(named, str) and named else stem), messages
+
+
+def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[tuple]:
+    """Rows seen for the first time and clean of evaluation text, as (id, source, messages)."""
+    seen: set[bytes] = set()
+    for origin, source, messages in rows:
+        row_id = content_id(messages)
+        digest = bytes.fromhex(row_id)
+        excerpt = messages[-1]["content"]
+        if digest in seen:
+            report.duplicates += 1
+            rejects.add("duplicate", "duplicate", "the same conversation came before", origin, row_id, excerpt)
+            continue
+        seen.add(digest)
+        if found := contamination.find(messages):
+            report.contaminated += 1
+            rejects.add("contaminated", "contaminated", found, origin, row_id, excerpt)
+            continue
+        report.kept += 1
+        yield row_id, source, messages
+
+
+def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolReport) -> Path:
+    """Stream rows into an Arrow file, complete or absent."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    fields = [("id", pa.string()), ("messages", pa.list_(message)), ("source", pa.string())]
+    schema = pa.schema(fields + ([("group", pa.string())] if group else []))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        batch: list[dict[str, Any]] = []
+        for row_id, source, messages in rows:
+            batch.append({"id": row_id, "messages": messages, "source": source, **({"group": group} if group else {})})
+            if len(batch) == BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch = []
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    os.replace(beside, path)
+    return path
