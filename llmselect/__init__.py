@@ -10,15 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmselect import extractors as extractors
-    from llmselect import selectors as selectors
-    from llmselect.errors import LlmselectError as LlmselectError
-    from llmselect.errors import UsageError as UsageError
-    from llmselect.pool import load_pool as load_pool
-    from llmselect.selection import Budget as Budget
-    from llmselect.selection import Selection as Selection
-    from llmselect.stages import extract as extract
-    from llmselect.store import FeatureStore as FeatureStore
+    from llmselect import extractors, selectors
+    from llmselect.errors import LlmselectError, UsageError
+    from llmselect.pool import load_pool
+    from llmselect.selection import Budget, Selection
+    from llmselect.stages import extract
+    from llmselect.store import FeatureStore
 
 __version__ = "0.1.0"
 
@@ -34,7 +31,18 @@ _HOME = {
 }
 _PACKAGES = ("extractors", "selectors")
 
-__all__ = ["__version__", *sorted([*_HOME, *_PACKAGES])]
+__all__ = [
+    "Budget",
+    "FeatureStore",
+    "LlmselectError",
+    "Selection",
+    "UsageError",
+    "__version__",
+    "extract",
+    "extractors",
+    "load_pool",
+    "selectors",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from llmselect.errors import LlmselectError, UsageError, nearest
+from llmselect.strict_yaml import dump_yaml, load_yaml, parse_yaml
+
+__all__ = [
+    "apply_overrides", "difference", "dump_yaml", "fields_help", "fingerprint", "from_dict", "load_yaml", "substitute",
+    "to_dict",
+]  # fmt: skip
 
 T = TypeVar("T")
-MAX_YAML_BYTES = 1_000_000
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", type(None): "null"}
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", type(None): "null",
+}  # fmt: skip
 _VARIABLE = re.compile(r"\$\{([^}]*)\}?")
 _MISSING: Any = object()
 
@@ -185,7 +194,7 @@ def to_dict(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise LlmselectError(f"{reprlib.repr(value)} ({type(value).__name__}) cannot stand in a configuration; use plain values")
+    raise LlmselectError(f"{reprlib.repr(value)} ({type(value).__name__}) is no plain value; give text or numbers")
 
 
 def fingerprint(value: Any) -> str:
@@ -230,7 +239,10 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             if not isinstance(inner, dict):  # a shorthand such as budget: 5% gives way to budget.rows=100
                 place[part] = {}
             place = place[part]
-        place[path[-1]] = parse_yaml(value, f"override {text!r}")
+        try:
+            place[path[-1]] = parse_yaml(value, f"override {text!r}")
+        except UsageError as error:
+            raise UsageError(f"{error}; text with such signs is given as {key.strip()}='\"…\"'") from None
     return out
 
 
@@ -240,7 +252,8 @@ def substitute(data: Any, values: Mapping[str, Any], where: str = "") -> Any:
     Errors: `UsageError` naming the variable to set when it is absent or null.
     """
     if isinstance(data, Mapping):
-        return {k: v if where == "" and k == "vars" else substitute(v, values, _join(where, k)) for k, v in data.items()}
+        as_is = ("vars",) if where == "" else ()
+        return {k: v if k in as_is else substitute(v, values, _join(where, k)) for k, v in data.items()}
     if isinstance(data, list):
         return [substitute(one, values, f"{where}[{i}]") for i, one in enumerate(data)]
     if not isinstance(data, str):
@@ -257,43 +270,3 @@ def substitute(data: Any, values: Mapping[str, Any], where: str = "") -> Any:
         return str(values[name])
 
     return _VARIABLE.sub(fill, data)
-
-
-def load_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML mapping: no duplicate keys, no aliases (a few lines of them can expand to gigabytes), at most 1 MB.
-
-    Errors: `UsageError` naming the file, and line and column of bad YAML.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    if len(raw) > MAX_YAML_BYTES:
-        raise UsageError(f"{path}: more than the {MAX_YAML_BYTES} bytes that a YAML file may have here")
-    try:
-        data = parse_yaml(raw.decode("utf-8-sig"), str(path))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not isinstance(data, dict):
-        kind = "is empty" if data is None else f"is {_spell(type(data))}"
-        raise UsageError(f"{path}: expected a mapping of keys (key: value lines), the file {kind}")
-    return data
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain values of YAML `text`; dates stay text.
-
-    Errors: `UsageError` with `where`, line and column.
-    """
-    import yaml
-
-    from llmselect.yaml_loader import StrictLoader
-
-    try:
-        return yaml.load(text, StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
-        line = mark.line if mark else 0
-        raise UsageError(f"{where}: {error}") from None

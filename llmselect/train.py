@@ -142,12 +142,16 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) 
             loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
             return self.accelerator.prepare(loader)
 
+    from transformers import PrinterCallback
+
     model = backbone.causal_lm.requires_grad_(True)
-    return TokenStepTrainer(
+    trainer = TokenStepTrainer(
         model=model, args=settings, train_dataset=data, processing_class=backbone.tokenizer,
         peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **train.lora}),
         data_collator=packed(backbone.pad, backbone.encoder.max_length) if train.packing else padded(backbone.pad),
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def step_batches(plan: Schedule, count: int) -> Iterator[list[int]]:

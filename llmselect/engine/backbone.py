@@ -138,6 +138,7 @@ def default_device() -> str:
 def _from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:

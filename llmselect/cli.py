@@ -1,0 +1,183 @@
+"""The command line: `llmselect run RECIPE [key=value …]` and its parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmselect.errors import LlmselectError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Choose the instruction data that a language model should be fine-tuned on.\n\n"
+         "A **recipe** (YAML) names a pool, a few target examples, a causal LM and methods. `llmselect run RECIPE` extracts "
+         "features, selects, fine-tunes, and compares with random selection on held-out rows. Every stage resumes where it "
+         "stopped. Start with: `llmselect run recipes/quickstart`.",
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(help="a recipe file, or a folder that holds recipe.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. budget=10% train.tokens=100000")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check the recipe and print rows, bytes and minutes to expect")]
+
+
+def main() -> None:
+    """Entry point: exit 0 done, 1 failed run, 2 wrong usage, 130 stopped by Ctrl-C."""
+    quiet = int(os.environ.get("RANK", "0")) > 0
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("transformers", "datasets", "accelerate", "trl", "peft", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of a hundred model loads hide our own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except LlmselectError as error:
+        print(f"llmselect: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nllmselect: stopped; type the same command to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+def _stages(recipe: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, last: str) -> None:
+    from llmselect import recipe as recipes
+
+    plan = recipes.load_recipe(recipe, overrides)
+    if dry_run:
+        from llmselect import estimate
+
+        found = estimate.estimate(plan)
+        print(json.dumps(found) if as_json else estimate.text(found, plan))
+        return
+    _run(plan, last, as_json)
+
+
+def _run(plan: Any, last: str, as_json: bool) -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other, not for this user
+    from llmselect import comparison, stages
+
+    run = stages.Run(plan)
+    order = {"extract": (stages.prepare, stages.extract_stage), "select": (stages.select_stage,),
+             "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
+    table = None
+    for name, steps in order.items():
+        for step in steps:
+            table = step(run)
+        if name == last:
+            break
+    if run.process.is_main_process:
+        if last == "evaluate":
+            results = run.folder / ("results.json" if as_json else "results.md")
+            print(results.read_text("utf-8") if table else f"done: {run.folder}")
+        else:
+            print(json.dumps({"run": str(run.folder)}) if as_json else f"{last}: done in {run.folder}")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Extract, select, train and evaluate: pool to table.
+
+    Example: `llmselect run recipes/quickstart seeds=[0] budget=10%`. Several processes:
+    `accelerate launch -m llmselect run RECIPE`.
+    """
+    _stages(recipe, overrides, dry_run, as_json, "evaluate")
+
+
+@app.command()
+def extract(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False,
+            repair: Annotated[bool, typer.Option(help="compute damaged shards again")] = False) -> None:  # fmt: skip
+    """Read the pool and compute the recipe's features; resumes, on any number of processes."""
+    if repair:
+        from llmselect import recipe as recipes
+        from llmselect.store import FeatureStore
+
+        store = FeatureStore(recipes.load_recipe(recipe, overrides).folder / "features")
+        for name in store.names():
+            damaged = store.open(name).repair()
+            print(f"{name}: {len(damaged)} damaged shards will be computed again", file=sys.stderr)
+    _stages(recipe, overrides, dry_run, as_json, "extract")
+
+
+@app.command()
+def select(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Select with every method of the recipe, extracting first what is missing."""
+    _stages(recipe, overrides, dry_run, as_json, "select")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Fine-tune a LoRA adapter on every selection, at equal tokens."""
+    _stages(recipe, overrides, dry_run, as_json, "train")
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Held-out response loss of base model and adapters, with intervals; the same as `run`."""
+    _stages(recipe, overrides, dry_run, as_json, "evaluate")
+
+
+@app.command("list")
+def list_methods(as_json: Json = False) -> None:
+    """All selectors and extractors, also those of other installed packages."""
+    from llmselect.registry import describe, extractors, selectors
+
+    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in (selectors, extractors)}
+    if as_json:
+        print(json.dumps(found))
+        return
+    for kind, methods in found.items():
+        print(f"{kind}s")
+        for name, title in methods.items():
+            print(f"  {name:<14} {title}")
+    print("\nllmselect show NAME tells a method's formula, inputs, cost and paper.")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")], as_json: Json = False) -> None:
+    """A method's formula, inputs, cost, paper and parameters."""
+    from llmselect.errors import UsageError, nearest
+    from llmselect.registry import SECTIONS, describe, extractors, selectors
+
+    names = selectors.names() + extractors.names()
+    if name not in names:
+        raise UsageError(f"no method '{name}'.{nearest(name, names)} One of: {', '.join(names)}")
+    about = describe((selectors if name in selectors.names() else extractors).get(name))
+    if as_json:
+        print(json.dumps(about, default=str))
+        return
+    print(f"{name}: {about['title']}\n")
+    for section in SECTIONS:
+        print(f"{section}: {about.get(section, '-')}\n")
+    print("Parameters")
+    for one in about["parameters"]:
+        print(f"  {one['name']:<16} {one['default']!s:<14} {one['help'] or one['type']}")
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(help="folders of runs")], as_json: Json = False) -> None:
+    """Overlap, source mix, lengths and scores of the selections of one or several runs."""
+    from llmselect.compare import compare as compared
+
+    found = compared(runs)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for i, (name, about) in enumerate(found["selections"].items()):
+        score = "-" if about["mean_score"] is None else f"{about['mean_score']:.3f}"
+        length = about["score_length_correlation"]
+        mix = ", ".join(f"{s} {c / about['rows']:.0%}" for s, c in list(about["sources"].items())[:5])
+        print(f"[{i}] {name}: {about['rows']} rows, {about['tokens']} tokens (median {about['tokens_per_row'][1]:.0f}), "
+              f"score {score}{'' if length is None else f' (correlation with length {length:+.2f})'}\n     {mix}")  # fmt: skip
+    print("\noverlap (Jaccard)\n      " + " ".join(f"[{i:>2}]" for i in range(len(found["names"]))))
+    for i, line in enumerate(found["overlap"]):
+        print(f"[{i:>2}]  " + " ".join(f"{value:.2f}" for value in line))

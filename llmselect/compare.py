@@ -1,0 +1,76 @@
+"""Selections and results of several runs side by side: overlap, source mix, lengths, scores."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmselect.errors import UsageError
+from llmselect.selection import Selection
+from llmselect.store import FeatureStore
+
+
+def compare(folders: list[Path]) -> dict[str, Any]:
+    """What each selection of the runs holds and how far they overlap.
+
+    Returns:
+        `selections`: per selection its rows, supervised tokens (total and quartiles per row), mean score, source mix,
+        and the rank correlation of its scores with length; `overlap`: Jaccard overlap by row id, as a matrix.
+
+    Errors: `UsageError` for a folder that is no run.
+    """
+    found: dict[str, tuple[Selection, dict[str, Any]]] = {}
+    for folder in folders:
+        files = sorted(Path(folder).glob("selections/*/seed-*/selection.json"))
+        if not files:
+            raise UsageError(f"{folder}: no selections there; give the folder of a run that has selected (runs/NAME)")
+        store = FeatureStore(Path(folder) / "features")
+        sources = _sources(Path(folder))
+        for file in files:
+            name = f"{Path(folder).name}/{file.parent.parent.name}/{file.parent.name}"
+            selection = Selection.load(file.parent)
+            found[name] = selection, _describe(selection, store, sources)
+    names = list(found)
+    ids = {name: set(found[name][0].ids or ()) for name in names}
+    overlap = [[_jaccard(ids[a], ids[b]) for b in names] for a in names]
+    results = {str(f): json.loads((Path(f) / "results.json").read_text())["rows"] for f in folders if (Path(f) / "results.json").exists()}
+    return {"selections": {n: about for n, (_, about) in found.items()}, "names": names, "overlap": overlap, "results": results}
+
+
+def _sources(folder: Path) -> np.ndarray:
+    from datasets import Dataset
+
+    data = Dataset.from_file(str(folder / "pool" / "pool.arrow"))
+    return np.asarray(data["source"])[np.load(folder / "pool" / "usable.npy", allow_pickle=False)]
+
+
+def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) -> dict[str, Any]:
+    cost = np.asarray(store["tokens.supervised"])
+    tokens = cost[selection.indices]
+    scores = None if selection.scores is None else np.asarray(selection.scores, np.float64).reshape(selection.n, -1).max(1)
+    mix = Counter(sources[selection.indices].tolist())
+    return {
+        "rows": len(selection),
+        "tokens": int(tokens.sum()),
+        "tokens_per_row": [float(q) for q in np.quantile(tokens, [0.25, 0.5, 0.75])],
+        "mean_score": None if scores is None else float(scores[selection.indices].mean()),
+        "score_length_correlation": None if scores is None else spearman(scores, cost),
+        "sources": dict(mix.most_common()),
+    }
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rank correlation; None when one side is constant."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(spearmanr(a, b).statistic)
+
+
+def _jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / max(1, len(a | b))

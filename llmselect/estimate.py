@@ -1,0 +1,84 @@
+"""What a run will take before it starts: rows, bytes, minutes, from a measured sample."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmselect.engine.progress import duration
+from llmselect.recipe import Recipe
+from llmselect.selection import Budget
+from llmselect.stages import Run, prepare
+
+SAMPLE = 512  # pool rows read and passed to measure speed
+
+
+def estimate(recipe: Recipe) -> dict[str, Any]:
+    """Rows, bytes of features and minutes of each stage, measured on the first rows of the pool on this machine.
+
+    Nothing is written to the run folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmselect-dry-run-") as scratch:
+        total = _count(recipe)
+        sample = replace(recipe, out=scratch, pool=replace(recipe.pool, limit=min(total, SAMPLE)))
+        run = Run(sample)
+        prepare(run)
+        share = len(run.pool) / min(total, SAMPLE)
+        rows = int(total * share)
+        seconds, bytes_per_row, tokens_per_row = _passes(run)
+    budget = Budget.parse(recipe.budget)
+    selected = budget.rows_of(rows) if budget.tokens is None else int(budget.tokens / max(1.0, tokens_per_row))
+    trainings = (len(recipe.methods) + recipe.full) * len(recipe.seeds)
+    trained = recipe.train.tokens or int(selected * tokens_per_row)
+    return {
+        "pool_rows": total, "usable_rows": rows, "selected_rows": selected,
+        "feature_bytes": int(bytes_per_row * rows),
+        "extract_minutes": round(seconds * rows / 60, 2),
+        "trainings": trainings, "tokens_per_training": trained,
+        "train_minutes": round(3 * seconds * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
+        "note": f"speed measured on {min(total, SAMPLE)} rows here; training taken as 3 × the cost of the passes",
+    }  # fmt: skip
+
+
+def _count(recipe: Recipe) -> int:
+    """Rows of the pool: counted without building them."""
+    from llmselect.readers import read
+
+    limit, count = recipe.pool.limit or float("inf"), 0
+    for _ in read(recipe.pool.path, recipe.pool.split, recipe.pool.max_row_bytes):
+        count += 1
+        if count >= limit:
+            break
+    return count
+
+
+def _passes(run: Run) -> tuple[float, float, float]:
+    """Seconds and bytes per row of all features, and supervised tokens per row."""
+    from llmselect.stages import TOKENS, extract_stage
+
+    run.recipe = replace(run.recipe, warmup=None, features={
+        name: {k: v for k, v in one.items() if k != "adapter"} for name, one in run.recipe.features.items()
+    })  # fmt: skip
+    start = time.monotonic()
+    extract_stage(run)
+    seconds = time.monotonic() - start
+    size = sum(f.stat().st_size for f in Path(run.store.path).rglob("*.safetensors") if "@target" not in str(f))
+    tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())
+    return seconds / len(run.pool), size / len(run.pool), tokens
+
+
+def text(found: dict[str, Any], recipe: Recipe) -> str:
+    """The estimate for a person."""
+    return "\n".join([
+        f"{recipe.name}: nothing was run; this is what to expect on this machine",
+        f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
+        f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {duration(60 * found['extract_minutes'])}",
+        f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
+        f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {duration(60 * found['train_minutes'])}",
+        f"  ({found['note']})",
+    ])  # fmt: skip

@@ -1,0 +1,299 @@
+"""The stages of a run: prepare · extract · select · train · evaluate. The only module that knows recipes and folders.
+
+A run folder explains and repeats itself::
+
+    config.yaml  versions.json  rows.json (the account of every row)  quarantine.jsonl
+    pool/  targets/  tests/     the rows used, as Arrow files
+    features/                   the FeatureStore
+    selections/<method>/seed-<s>/
+    adapters/<method>/seed-<s>/
+    evaluation/<method>/seed-<s>.json
+    results.json  results.md  timings.json
+
+Every stage skips what is complete, so running again continues.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmselect import atomic, config
+from llmselect.errors import LlmselectError, UsageError
+from llmselect.recipe import PoolSource, Recipe
+from llmselect.selection import Budget, Selection
+from llmselect.selectors._base import inputs_of
+from llmselect.store import FeatureStore
+from llmselect.strict_yaml import dump_yaml
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("llmselect")
+TOKENS = "tokens"  # the feature that every run has: what rows cost
+
+
+def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Any], **options: Any) -> FeatureStore:
+    """Compute features of pool and target rows; see `llmselect.engine.extraction.extract`."""
+    from llmselect.engine import extraction
+
+    return extraction.extract(pool, store, extractors, **options)
+
+
+@dataclass
+class Run:
+    """One recipe in its folder."""
+
+    recipe: Recipe
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    @cached_property
+    def process(self) -> Any:
+        """This process among those launched together."""
+        import torch
+        from accelerate import PartialState
+
+        return PartialState(cpu=not torch.cuda.is_available())
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        return FeatureStore(self.folder / "features")
+
+    @cached_property
+    def target(self) -> Dataset:
+        """The dev rows of all tasks, with their group."""
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self._opened(f"targets/{name}") for name in self.recipe.targets])
+
+    @cached_property
+    def tests(self) -> dict[str, Dataset]:
+        """The held-out rows of the tasks that have some."""
+        return {name: self._opened(f"tests/{name}") for name, t in self.recipe.targets.items() if t.test}
+
+    @cached_property
+    def pool(self) -> Dataset:
+        """The rows that may be selected: kept when read, and with a response that fits into `max_length`."""
+        rows = np.load(self.folder / "pool" / "usable.npy", allow_pickle=False)
+        data = self._opened("pool")
+        return data if len(rows) == len(data) else data.select(rows)
+
+    def _opened(self, place: str) -> Dataset:
+        from datasets import Dataset
+
+        return Dataset.from_file(str(self.folder / place / "pool.arrow"))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to `timings.json`, over all launches."""
+        start = time.monotonic()
+        yield
+        if self.process.is_main_process:
+            file = self.folder / "timings.json"
+            known = json.loads(file.read_text()) if file.exists() else {}
+            known[name] = round(known.get(name, 0.0) + time.monotonic() - start, 3)
+            atomic.write_json(file, known)
+
+    def main_first(self, work: Any) -> None:
+        """Do `work` on the main process while the others wait, so that files are written once."""
+        if self.process.is_main_process:
+            work()
+        self.process.wait_for_everyone()
+
+
+def prepare(run: Run) -> None:
+    """Read pool and targets, quarantine what is bad, drop evaluation text, and find the rows that fit."""
+    run.main_first(lambda: _prepare(run))
+
+
+def _prepare(run: Run) -> None:
+    recipe, folder = run.recipe, run.folder
+    key = config.fingerprint({"pool": config.to_dict(recipe.pool), "model": config.to_dict(recipe.model),
+                              "targets": config.to_dict(recipe.targets), "files": _stamps(recipe)})  # fmt: skip
+    done = folder / "rows.json"
+    if done.exists() and json.loads(done.read_text())["key"] == key:
+        return
+    if done.exists() and run.store.names():
+        raise LlmselectError(f"{folder} was made from other rows or another model (pool, targets or model changed); "
+                             "give this run another out=, or delete that folder")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))
+    atomic.write_json(folder / "versions.json", _versions())
+    with run.timed("prepare"):
+        account = _read_rows(run)
+        account |= _usable(run)
+        atomic.write_json(done, {"key": key, **account})
+
+
+def _stamps(recipe: Recipe) -> dict[str, Any]:
+    """Size and time of every local file read, so that a changed file is read again."""
+    from llmselect.readers import folder_files
+
+    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
+    files = [f for p in map(Path, places) if p.exists() for f in (folder_files(p) if p.is_dir() else [p])]
+    return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
+
+def _read_rows(run: Run) -> dict[str, Any]:
+    from llmselect.pool import read_pool
+
+    recipe, account = run.recipe, {}
+    source: PoolSource = recipe.pool
+    evaluation = []
+    for name, task in recipe.targets.items():
+        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid}
+        dev, account[f"targets.{name}"] = read_pool(task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared)
+        evaluation.append(dev)
+        if task.test:
+            test, account[f"tests.{name}"] = read_pool(task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared)
+            evaluation.append(test)
+    _, account["pool"] = read_pool(
+        source.path, columns=source.columns, split=source.split, limit=source.limit, max_invalid=source.max_invalid,
+        max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool", against=evaluation if source.decontaminate else (),
+        quarantine=run.folder / "quarantine.jsonl",
+    )  # fmt: skip
+    return {name: report.plain() for name, report in account.items()}
+
+
+def _usable(run: Run) -> dict[str, Any]:
+    """Rows with response text that fits; the others join the quarantine. Nothing of the model is loaded."""
+    from llmselect.engine.backbone import Backbone
+
+    encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length).encoder
+    data, keep, rejected = run._opened("pool"), [], []
+    for start in range(0, len(data), 1000):
+        part = data[start : start + 1000]
+        for i, row in enumerate(encoder.encode(part["messages"])):
+            if row.response_cut and run.recipe.pool.overlong == "reject":
+                reason, why = "longer_than_context", f"{row.response_cut} response tokens do not fit into {encoder.max_length}"
+            elif not (row.content == 2).any():
+                reason, why = "only_special_tokens", "no response text is left between the special tokens"
+            else:
+                keep.append(start + i)
+                continue
+            rejected.append({"kind": "unusable", "reason": reason, "detail": why, "origin": f"pool row {start + i}", "id": part["id"][i]})
+    quarantine = run.folder / "quarantine.jsonl"
+    kept_lines = [line for line in quarantine.read_text("utf-8").splitlines() if '"kind": "unusable"' not in line[:24]]
+    lines = kept_lines + [json.dumps(one, ensure_ascii=False) for one in rejected]
+    atomic.write_text(quarantine, "".join(line + "\n" for line in lines))
+    if not keep:
+        raise LlmselectError(f"no row of the pool has a response that fits into {encoder.max_length} tokens")
+    with (run.folder / "pool" / "usable.npy").open("wb") as file:
+        np.save(file, np.array(keep, np.int64), allow_pickle=False)
+    reasons = {r: sum(one["reason"] == r for one in rejected) for r in {one["reason"] for one in rejected}}
+    if rejected:
+        log.info("%d rows set aside: %s", len(rejected), reasons)
+    return {"usable": len(keep), "unusable": reasons}
+
+
+def extract_stage(run: Run) -> None:
+    """Every feature of the recipe, plus token counts, on pool and targets."""
+    warmup = _warm_up(run) if run.recipe.warmup else None
+    made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features}
+    made = {TOKENS: _tokens(run), **made}
+    with run.timed("extract"):
+        extract(run.pool, run.store, made, target=run.target, batch_tokens=run.recipe.batch_tokens,
+                shard_rows=run.recipe.shard_rows)  # fmt: skip
+
+
+def _tokens(run: Run) -> Any:
+    from llmselect.extractors.tokens import Tokens
+
+    return Tokens(model=run.recipe.model.path, dtype=run.recipe.model.dtype, max_length=run.recipe.model.max_length)
+
+
+def _warm_up(run: Run) -> str:
+    """Fine-tune on a random part of the pool (TRIM, section 4.1; LESS, section 3)."""
+    from llmselect.selectors.random import Random
+    from llmselect.train import finetune
+
+    warmup, model = run.recipe.warmup, run.recipe.model
+    assert warmup is not None
+    cost = None
+    if Budget.parse(warmup.budget).tokens is not None:
+        extract(run.pool, run.store, {TOKENS: _tokens(run)}, target=run.target, shard_rows=run.recipe.shard_rows)
+        cost = np.asarray(run.store[f"{TOKENS}.supervised"])
+    chosen = Random().select(warmup.budget, seed=warmup.seed, ids=run.pool["id"], **({"cost": cost} if cost is not None else {}))
+    out = run.folder / "warmup"
+    with run.timed("warmup"):
+        finetune(chosen.to_dataset(run.pool), model.path, out, warmup.train, seed=warmup.seed, dtype=model.dtype,
+                 max_length=model.max_length, provenance={"selector": "random (warm-up)", "rows": len(chosen)})  # fmt: skip
+    return str(out)
+
+
+def select_stage(run: Run) -> None:
+    """One selection per method and seed."""
+    run.main_first(lambda: [_select(run, method, seed) for method in run.recipe.methods for seed in run.recipe.seeds])
+
+
+def _select(run: Run, method: str, seed: int) -> None:
+    out = run.folder / "selections" / method / f"seed-{seed}"
+    selector, reads = run.recipe.selector(method)
+    specs = {key: dict(run.store.open(name.partition(".")[0]).spec) for key, name in reads.items()}
+    key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
+           "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget).plain()}  # fmt: skip
+    if (out / "selection.json").exists():
+        if lines := config.difference(Selection.load(out).provenance["key"], json.loads(json.dumps(key))):
+            raise LlmselectError(f"{out} was selected otherwise:\n  " + "\n  ".join(lines)
+                                 + "\nDelete it, or give the run another out=.")  # fmt: skip
+        return
+    start = time.monotonic()
+    inputs = _inputs(run, type(selector), reads)
+    try:
+        made = selector.select(run.recipe.budget, seed=seed, ids=run.store.open(TOKENS).ids,
+                               cost=np.asarray(run.store[f"{TOKENS}.supervised"]), **inputs)  # fmt: skip
+    except UsageError as error:
+        raise UsageError(f"methods.{method}: {error}") from error
+    evidence = {**made.evidence, **_top_tokens(run, reads, made)}
+    seconds = round(time.monotonic() - start, 3)
+    provenance = {**made.provenance, "key": key, "method": method}
+    Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
+    timings = run.folder / "selections" / "seconds.json"
+    known = json.loads(timings.read_text()) if timings.exists() else {}
+    atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
+
+
+def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any]:
+    """The arrays that a selector's hook asks for, from features, pool and targets."""
+    wanted, found = inputs_of(selector), {key: run.store[name] for key, name in reads.items()}
+    if "groups" in wanted:
+        found["groups"] = np.asarray(run.pool["source"])
+    if "target" in wanted and "x" in reads:
+        feature, dot, array = reads["x"].partition(".")
+        found["target"] = run.store[f"{feature}@target{dot}{array}"]
+    if "target_groups" in wanted:
+        found["target_groups"] = np.asarray(run.target["group"])
+    return found
+
+
+def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str, np.ndarray]:
+    """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
+    found = {}
+    for name in reads.values():
+        for array in run.store.open(name.partition(".")[0]).spec["arrays"]:
+            if array.startswith("top_"):
+                found[array] = run.store[f"{name.partition('.')[0]}.{array}"][made.indices]
+    return found
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib import metadata
+
+    names = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "numpy", "pyarrow")
+    found = {name: metadata.version(name) for name in names if metadata.packages_distributions().get(name)}
+    return {"python": platform.python_version(), **found}
+
