@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -162,6 +163,22 @@ def test_the_public_surface_is_small_and_importable():
         assert getattr(llmselect, name) is not None
     with pytest.raises(AttributeError, match=r"no attribute 'load_pol'; it has: .*load_pool"):
         llmselect.load_pol  # noqa: B018
+
+
+def test_the_guide_to_a_new_method_works_as_printed(tmp_path):
+    block = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "central.py").write_text(block, "utf-8")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import central, numpy as np\n"
+        "from llmselect.registry import SECTIONS, describe, selectors\n"
+        "assert selectors.get('central') is central.Central and all(describe(central.Central)[s] for s in SECTIONS)\n"
+        "x = np.array([[0.0], [9.0], [4.0], [5.5]])\n"  # mean 4.625: distances 4.625, 4.375, 0.625, 0.875
+        "print(*central.Central().select(3, x=x).indices)"
+    )
+    # In a process of its own, or the other tests would find one method too many.
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2", "3", "1"], done.stderr
 
 
 def test_the_checks_see_what_they_are_for():

@@ -21,7 +21,7 @@ from llmselect.selectors.similarity import Similarity, take_turns
 from llmselect.store import Ids, digest_ids
 
 SEEDS = st.integers(0, 2**32 - 1)
-many = settings(max_examples=200, deadline=None)
+many = settings(max_examples=200)
 ALL_COMBINATIONS = [(c, a) for c in ("round_robin", "mean", "max") for a in ("round_robin", "mean", "max")]
 
 
@@ -203,8 +203,9 @@ def test_keys_of_long_ids_with_a_common_start_differ():
     assert len(np.unique(keys_of(padded, 50))) == 50
 
 
-@pytest.mark.parametrize("ids", [[f"{i:x}" * 32 for i in range(16)], [f"row-{i}" for i in range(16)]], ids=["hex", "text"])
-def test_keys_are_the_same_from_a_list_and_from_a_store(ids):
+@pytest.mark.parametrize("form", ["{0:032x}", "{0:x}{0:031x}", "row-{0}"])
+def test_keys_are_the_same_from_a_list_and_from_a_store(form):
+    ids = [form.format(i) for i in range(16)]
     assert keys_of(ids, 16).tolist() == keys_of(Ids(digest_ids(ids)), 16).tolist()
 
 
@@ -251,7 +252,7 @@ def test_best_per_target_is_a_dense_sort(seed, n, m, count, block):
 
 @pytest.mark.parametrize("n,m,d", [(37, 1, 768), (100, 8, 12), (1000, 64, 768), (cosine.BLOCK + 1, 3, 771)])
 def test_equal_rows_tie_wherever_they_lie(n, m, d):
-    """A GEMM may round a row differently at the edge of a tile or block; equal rows must still fall back on their keys."""
+    """A GEMM may round a row differently at the edge of a tile or block; equal rows must still go by their keys."""
     rng = np.random.default_rng(0)
     row, targets, keys = rng.standard_normal(d), unit(rng.standard_normal((m, d))), shuffled_keys(rng, n)
     lists, _ = best_per_target(np.tile(row, (n, 1)), targets, 20, keys)

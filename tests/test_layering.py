@@ -107,6 +107,6 @@ def test_the_check_refuses_relative_imports_and_unplaced_modules(source):
 )  # fmt: skip
 def test_nothing_heavy_is_imported(statement):
     code = f"{statement}\nimport sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
