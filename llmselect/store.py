@@ -247,7 +247,7 @@ class FeatureStore:
         return Feature(folder, json.loads((folder / "spec.json").read_text()))
 
     def _refuse_other(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        old, new = (json.loads(json.dumps(s, sort_keys=True)) for s in (old, new))
+        old, new = (json.loads(json.dumps({**s, "threads": 0}, sort_keys=True)) for s in (old, new))
         lines = [f"  {key}: stored {a} ≠ wanted {b}" for key, a, b in _differences(old, new)]
         if lines:
             raise LlmselectError(

@@ -18,6 +18,7 @@ from llmselect.kernels.groups import round_robin, waterfill
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.topk import topk_stable
 from llmselect.selectors.similarity import Similarity, take_turns
+from llmselect.selectors.topk import TopK
 from llmselect.store import Ids, digest_ids
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -72,6 +73,11 @@ def test_topk_takes_any_number(dtype):
     scores = np.array([0, 1, 1, 0, 1], dtype)
     for largest, wanted in ((True, [4, 2, 1]), (False, [3, 0, 4])):
         assert topk_stable(scores, 3, np.arange(5, dtype=np.uint64)[::-1], largest=largest).tolist() == wanted
+
+
+def test_scores_rank_at_their_own_precision():
+    for x in (1 + 1e-9 * np.arange(4), 2**24 + np.arange(4), np.array([1.0, 1.0, 1.0, 1e300])):
+        assert TopK().select(1, x=x).indices.tolist() == [3]
 
 
 # waterfill

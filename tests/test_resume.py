@@ -41,7 +41,7 @@ def recipe(tmp_path):
 
 
 def command(recipe: Path, out: Path, processes: int) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     return [sys.executable, *launch, "-m", "llmselect", "extract", str(recipe / "recipe.yaml"), f"out={out}"]
 
 

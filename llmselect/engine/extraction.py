@@ -86,6 +86,10 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
             store.create(name + suffix, spec, data["id"])
     process.wait_for_everyone()
     run.features = {name: store.open(name + suffix) for name in specs}
+    if run.backbone.device.type == "cpu":
+        # Sums are split over threads, so another number of threads gives other last bits: a resumed run takes that of
+        # the run that began, whatever the number of processes.
+        torch.set_num_threads(min(feature.spec["threads"] for feature in run.features.values()))
     incomplete = [name for name in specs if run.features[name].missing()]
     if any(run.extractors[name].fits and name not in run.states for name in incomplete):
         _fit(run, store, target, process)
@@ -107,6 +111,7 @@ def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None
         "shard_rows": shard_rows,
         "rows": content_digest(data),
         "tokens": run.backbone.encoder.fingerprint,
+        "threads": torch.get_num_threads(),
     }
     if extractor.layers():
         spec |= {"weights": run.backbone.digest(), "dtype": str(run.backbone.dtype).removeprefix("torch.")}
@@ -127,8 +132,8 @@ def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any) -
         for name, file in files.items():
             atomic.write_bytes(file, save({k: v.cpu().contiguous() for k, v in run.states[name].items()}))
     process.wait_for_everyone()
-    device = str(run.backbone.device)
-    run.states = {name: load_file(file, device=device) for name, file in files.items()}
+    device = run.backbone.device
+    run.states = {name: {k: v.to(device) for k, v in load_file(file).items()} for name, file in files.items()}
 
 
 def feature_bytes(extractor: Extractor, backbone: Backbone, groups: list[str], rows: int) -> int:

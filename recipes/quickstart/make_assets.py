@@ -79,7 +79,7 @@ def make_tokenizer(text: str):
     return fast
 
 
-def train_model(out: Path, steps: int, window: int = 256, batch: int = 16) -> float:
+def train_model(out: Path, steps: int, window: int = 192, batch: int = 12) -> float:
     """Next-token training on the corpus; returns the loss on its held-out last twentieth, nats per token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,7 +118,7 @@ def train_model(out: Path, steps: int, window: int = 256, batch: int = 16) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rows-only", action="store_true", help="make pool and targets, keep the model")
     arguments = parser.parse_args()
     make_rows(arguments.out)
