@@ -231,7 +231,7 @@ class ChatEncoder:
         excess = len(keep) - self.max_length
         first = int(marked[0])
         bos = int(row.ids[0] == self.tokenizer.bos_token_id) if first else 0
-        least = min(first, max(8, self.max_length // 4))
+        least = min(first, max(8, self.max_length // 4), self.max_length // 2)
         cut = max(0, min(excess, first - least))
         keep = np.concatenate([keep[:bos], keep[bos + cut :]])[: self.max_length]
         return _part(row, keep)

@@ -70,7 +70,7 @@ class Budget:
                 raise UsageError(f"a budget of {self.rows} rows is more than the {n} rows of the pool")
             return int(self.rows)
         assert self.fraction is not None, "a token budget has no number of rows of its own"
-        return max(1, round(self.fraction * n))
+        return max(1, int(self.fraction * n + 1e-9))
 
     def plain(self) -> dict[str, Any]:
         """As a mapping with its one key."""
