@@ -195,7 +195,7 @@ class ChatEncoder:
             [messages], chat_template=self.template, return_assistant_tokens_mask=True, add_generation_prompt=False,
             **self.tokenizer.special_tokens_map,
         )  # fmt: skip
-        return [tuple(span) for span in spans[0]]
+        return [(int(low), int(high)) for low, high in spans[0]]
 
     def _end_mark(self, piece: str) -> int:
         """Length of the special token (after blanks) that ends a turn, if the template's next text opens with one."""

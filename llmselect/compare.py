@@ -37,7 +37,9 @@ def compare(folders: list[Path]) -> dict[str, Any]:
     names = list(found)
     ids = {name: set(found[name][0].ids or ()) for name in names}
     overlap = [[_jaccard(ids[a], ids[b]) for b in names] for a in names]
-    results = {str(f): json.loads((Path(f) / "results.json").read_text())["rows"] for f in folders if (Path(f) / "results.json").exists()}
+    results = {
+        str(f): json.loads((Path(f) / "results.json").read_text())["rows"] for f in folders if (Path(f) / "results.json").exists()
+    }
     return {"selections": {n: about for n, (_, about) in found.items()}, "names": names, "overlap": overlap, "results": results}
 
 
@@ -65,11 +67,16 @@ def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) ->
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation; None when one side is constant."""
-    from scipy.stats import spearmanr
-
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(spearmanr(a, b).statistic)
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties averaged."""
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values))
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

@@ -62,11 +62,32 @@ def train_stage(run: Run) -> None:
     with run.timed("train"):
         for i, (method, seed) in enumerate(cells):
             rows, selection = chosen(run, method, seed)
-            about = {"method": method, "rows": len(rows), **({"selection": dict(selection.provenance["key"])} if selection else {})}
-            made = finetune(rows, model.path, run.folder / "adapters" / method / f"seed-{seed}", run.recipe.train, seed=seed,
-                            dtype=model.dtype, max_length=model.max_length, provenance=about)  # fmt: skip
-            log.info("trained %d of %d: %s, seed %d: %d rows, %d tokens, %d steps, %.1f s", i + 1, len(cells), method, seed,
-                     len(rows), made.tokens, made.steps, made.seconds)  # fmt: skip
+            about = {
+                "method": method,
+                "rows": len(rows),
+                **({"selection": dict(selection.provenance["key"])} if selection else {}),
+            }
+            made = finetune(
+                rows,
+                model.path,
+                run.folder / "adapters" / method / f"seed-{seed}",
+                run.recipe.train,
+                seed=seed,
+                dtype=model.dtype,
+                max_length=model.max_length,
+                provenance=about,
+            )
+            log.info(
+                "trained %d of %d: %s, seed %d: %d rows, %d tokens, %d steps, %.1f s",
+                i + 1,
+                len(cells),
+                method,
+                seed,
+                len(rows),
+                made.tokens,
+                made.steps,
+                made.seconds,
+            )
 
 
 def evaluate_stage(run: Run) -> list[Row]:
@@ -95,8 +116,18 @@ def _measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
     found: dict[str, Any] = {}
 
     def work() -> None:
-        found.update(evaluate(out, key, model.path, str(adapter) if adapter else None, run.tests, dtype=model.dtype,
-                              max_length=model.max_length, batch_tokens=run.recipe.batch_tokens))  # fmt: skip
+        found.update(
+            evaluate(
+                out,
+                key,
+                model.path,
+                str(adapter) if adapter else None,
+                run.tests,
+                dtype=model.dtype,
+                max_length=model.max_length,
+                batch_tokens=run.recipe.batch_tokens,
+            )
+        )
 
     run.main_first(work)
     if not found:
@@ -115,11 +146,18 @@ def _row(run: Run, method: str, cells: Sequence[dict[str, np.ndarray]], losses: 
         difference = bootstrap([a - b for a, b in zip(stacked, other, strict=True)])
     rows, tokens, select_seconds, train_seconds = _cost(run, method)
     return Row(
-        method, rows, tokens, interval.mean, interval.low, interval.high,
+        method,
+        rows,
+        tokens,
+        interval.mean,
+        interval.low,
+        interval.high,
         float(per_seed.std(ddof=1)) if len(cells) > 1 else None,
         *((difference.mean, difference.low, difference.high) if difference else (None, None, None)),
-        {task: float(values.mean()) for task, values in zip(tasks, stacked, strict=True)}, select_seconds, train_seconds,
-    )  # fmt: skip
+        {task: float(values.mean()) for task, values in zip(tasks, stacked, strict=True)},
+        select_seconds,
+        train_seconds,
+    )
 
 
 def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
@@ -130,7 +168,9 @@ def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
     found = []
     for seed in run.recipe.seeds:
         selection = chosen(run, method, seed)[1]
-        found.append((len(selection), int(cost[selection.indices].sum())) if selection else (len(cost), int(np.asarray(cost).sum())))
+        found.append(
+            (len(selection), int(cost[selection.indices].sum())) if selection else (len(cost), int(np.asarray(cost).sum()))
+        )
         made = json.loads((run.folder / "adapters" / method / f"seed-{seed}" / "train.json").read_text())
         seconds.append(made["result"]["seconds"])
     known = run.folder / "selections" / "seconds.json"
@@ -155,8 +195,9 @@ def verdict(run: Run, table: Sequence[Row]) -> str:
         return f"{best.method} won: {gain:.3f} nats below random; with one seed the spread is not known"
     spread = max(best.sd, random.sd)
     word = "larger than" if gain > spread else "within"
-    return (f"{best.method} won: {gain:.3f} nats below random, {word} the spread over {len(run.recipe.seeds)} seeds "
-            f"(sd {spread:.3f})")  # fmt: skip
+    return (
+        f"{best.method} won: {gain:.3f} nats below random, {word} the spread over {len(run.recipe.seeds)} seeds (sd {spread:.3f})"
+    )
 
 
 def markdown(run: Run, table: Sequence[Row]) -> str:
@@ -166,15 +207,34 @@ def markdown(run: Run, table: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells(row, tasks)) + " |" for row in table]
     trained = run.recipe.train.tokens
-    note = (f"Every arm trained on {trained:,} supervised tokens" if trained else "Every arm trained for one epoch")
-    return "\n".join([f"# {run.recipe.name}", "", *lines, "", verdict(run, table), "",
-                      f"{note}; seeds {run.recipe.seeds}; intervals: bootstrap over held-out rows, seeds averaged.", ""])  # fmt: skip
+    note = f"Every arm trained on {trained:,} supervised tokens" if trained else "Every arm trained for one epoch"
+    return "\n".join(
+        [
+            f"# {run.recipe.name}",
+            "",
+            *lines,
+            "",
+            verdict(run, table),
+            "",
+            f"{note}; seeds {run.recipe.seeds}; intervals: bootstrap over held-out rows, seeds averaged.",
+            "",
+        ]
+    )
 
 
 def cells(row: Row, tasks: Sequence[str]) -> list[str]:
     """A table row as text."""
     seconds = ["" if s is None else f"{s:.1f}" for s in (row.select_seconds, row.train_seconds)]
-    difference = "" if row.difference is None else f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
-    return [row.method, f"{row.rows:,}" if row.rows else "", f"{row.tokens:,}" if row.tokens else "",
-            f"{row.nll:.3f} [{row.low:.3f}, {row.high:.3f}]", "" if row.sd is None else f"{row.sd:.3f}", difference,
-            *(f"{row.tasks[t]:.3f}" for t in tasks), *seconds]  # fmt: skip
+    difference = (
+        "" if row.difference is None else f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
+    )
+    return [
+        row.method,
+        f"{row.rows:,}" if row.rows else "",
+        f"{row.tokens:,}" if row.tokens else "",
+        f"{row.nll:.3f} [{row.low:.3f}, {row.high:.3f}]",
+        "" if row.sd is None else f"{row.sd:.3f}",
+        difference,
+        *(f"{row.tasks[t]:.3f}" for t in tasks),
+        *seconds,
+    ]

@@ -43,7 +43,7 @@ class Contamination:
     grams: dict[str, str] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> Contamination:
+    def add(self, rows: Iterable[Any]) -> Contamination:
         """Learn one evaluation set."""
         seen: Counter[str] = Counter()
         first: dict[str, str] = {}

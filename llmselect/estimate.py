@@ -36,13 +36,16 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     trainings = (len(recipe.methods) + recipe.full) * len(recipe.seeds)
     trained = recipe.train.tokens or int(selected * tokens_per_row)
     return {
-        "pool_rows": total, "usable_rows": rows, "selected_rows": selected,
+        "pool_rows": total,
+        "usable_rows": rows,
+        "selected_rows": selected,
         "feature_bytes": int(bytes_per_row * rows),
         "extract_minutes": round(seconds * rows / 60, 2),
-        "trainings": trainings, "tokens_per_training": trained,
+        "trainings": trainings,
+        "tokens_per_training": trained,
         "train_minutes": round(3 * seconds * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
         "note": f"speed measured on {min(total, SAMPLE)} rows here; training taken as 3 × the cost of the passes",
-    }  # fmt: skip
+    }
 
 
 def _count(recipe: Recipe) -> int:
@@ -61,9 +64,11 @@ def _passes(run: Run) -> tuple[float, float, float]:
     """Seconds and bytes per row of all features, and supervised tokens per row."""
     from llmselect.stages import TOKENS, extract_stage
 
-    run.recipe = replace(run.recipe, warmup=None, features={
-        name: {k: v for k, v in one.items() if k != "adapter"} for name, one in run.recipe.features.items()
-    })  # fmt: skip
+    run.recipe = replace(
+        run.recipe,
+        warmup=None,
+        features={name: {k: v for k, v in one.items() if k != "adapter"} for name, one in run.recipe.features.items()},
+    )
     start = time.monotonic()
     extract_stage(run)
     seconds = time.monotonic() - start
@@ -74,11 +79,14 @@ def _passes(run: Run) -> tuple[float, float, float]:
 
 def text(found: dict[str, Any], recipe: Recipe) -> str:
     """The estimate for a person."""
-    return "\n".join([
-        f"{recipe.name}: nothing was run; this is what to expect on this machine",
-        f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
-        f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {duration(60 * found['extract_minutes'])}",
-        f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
-        f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {duration(60 * found['train_minutes'])}",
-        f"  ({found['note']})",
-    ])  # fmt: skip
+    extracting, training = (duration(60 * found[f"{stage}_minutes"]) for stage in ("extract", "train"))
+    return "\n".join(
+        [
+            f"{recipe.name}: nothing was run; this is what to expect on this machine",
+            f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
+            f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {extracting}",
+            f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
+            f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {training}",
+            f"  ({found['note']})",
+        ]
+    )

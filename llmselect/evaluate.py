@@ -48,7 +48,7 @@ def bootstrap(tasks: Sequence[np.ndarray], *, seed: int = 0, resamples: int = RE
     return Interval(float(np.mean([t.mean() for t in rows])), float(low), float(high))
 
 
-def row_losses(model: str, adapter: str | None, tests: Mapping[str, Dataset], *, dtype: str = "auto",
+def row_losses(model: str, adapter: str | None, tests: Mapping[str, Dataset], *, dtype: Any = "auto",
                max_length: int | None = None, batch_tokens: int | None = None) -> dict[str, np.ndarray]:  # fmt: skip
     """Response NLL of every held-out row, task → `[rows]`, mean over the row's supervised tokens in nats.
 

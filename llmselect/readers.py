@@ -43,6 +43,12 @@ def folder_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.is_file() and f.name.lower().endswith(SUFFIXES))
 
 
+def stamps(places: list[str]) -> dict[str, list[int]]:
+    """Size and time of every local file among `places`, so that a changed file is noticed."""
+    files = [f for p in map(Path, places) if p.exists() for f in (folder_files(p) if p.is_dir() else [p])]
+    return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
+
 def read(source: Any, split: str, max_row_bytes: int) -> Iterator[tuple[str, Raw]]:
     """Yield `(default source name, (origin, row))` over a source of any kind."""
     if isinstance(source, str | Path):
@@ -87,10 +93,10 @@ def read_file(path: Path, max_row_bytes: int) -> Iterator[Raw]:
         raise LlmselectError(f"{path}: the file is truncated or unreadable ({error}); fetch or make it again") from error
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _open(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if zipped else path.open("rb")
 
 
 def _lines(path: Path, max_row_bytes: int) -> Iterator[Raw]:

@@ -122,11 +122,18 @@ class Selection:
     def prefix(self, k: int) -> Selection:
         """The selection at a smaller budget, at no cost."""
         if not self.nested or not 0 < k <= len(self):
-            raise UsageError(f"prefix({k}): " + ("this method's selections are not nested; select again" if not self.nested
-                             else f"give 1 to {len(self)} rows"))  # fmt: skip
+            raise UsageError(
+                f"prefix({k}): "
+                + ("this method's selections are not nested; select again" if not self.nested else f"give 1 to {len(self)} rows")
+            )
         cut = {name: values[:k] for name, values in self.evidence.items()}
-        return replace(self, indices=self.indices[:k], evidence=cut, ids=None if self.ids is None else list(self.ids[:k]),
-                       weights=None if self.weights is None else self.weights[:k])  # fmt: skip
+        return replace(
+            self,
+            indices=self.indices[:k],
+            evidence=cut,
+            ids=None if self.ids is None else list(self.ids[:k]),
+            weights=None if self.weights is None else self.weights[:k],
+        )
 
     def overlap(self, other: Selection) -> float:
         """Jaccard overlap |A ∩ B| / |A ∪ B| of two selections from one pool."""
@@ -143,8 +150,12 @@ class Selection:
             buffer = io.BytesIO()
             np.save(buffer, self.scores, allow_pickle=False)
             files["scores.npy"] = buffer.getvalue()
-        about = {"n": self.n, "nested": self.nested, "provenance": dict(self.provenance),
-                 "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}  # fmt: skip
+        about = {
+            "n": self.n,
+            "nested": self.nested,
+            "provenance": dict(self.provenance),
+            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
         with atomic.replace_dir(folder) as beside:
             for name, data in files.items():
                 (beside / name).write_bytes(data)
@@ -180,5 +191,13 @@ class Selection:
         column = {name: table[name] for name in table.column_names}
         evidence = {k.removeprefix("evidence_"): np.array(v.to_pylist()) for k, v in column.items() if k.startswith("evidence_")}
         scores = np.load(folder / "scores.npy", allow_pickle=False) if "scores.npy" in about["sha256"] else None
-        return cls(column["index"].to_numpy(), about["n"], scores, column["weight"].to_numpy() if "weight" in column else None,
-                   evidence, about["nested"], about["provenance"], column["id"].to_pylist() if "id" in column else None)  # fmt: skip
+        return cls(
+            column["index"].to_numpy(),
+            about["n"],
+            scores,
+            column["weight"].to_numpy() if "weight" in column else None,
+            evidence,
+            about["nested"],
+            about["provenance"],
+            column["id"].to_pylist() if "id" in column else None,
+        )

@@ -29,6 +29,7 @@ import numpy as np
 
 from llmselect import atomic, config
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.readers import stamps
 from llmselect.recipe import PoolSource, Recipe
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import inputs_of
@@ -121,8 +122,9 @@ def prepare(run: Run) -> None:
 
 def _prepare(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
+    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
     key = config.fingerprint({"pool": config.to_dict(recipe.pool), "model": config.to_dict(recipe.model),
-                              "targets": config.to_dict(recipe.targets), "files": _stamps(recipe)})  # fmt: skip
+                              "targets": config.to_dict(recipe.targets), "files": stamps(places)})  # fmt: skip
     done = folder / "rows.json"
     if done.exists() and json.loads(done.read_text())["key"] == key:
         return
@@ -138,15 +140,6 @@ def _prepare(run: Run) -> None:
         atomic.write_json(done, {"key": key, **account})
 
 
-def _stamps(recipe: Recipe) -> dict[str, Any]:
-    """Size and time of every local file read, so that a changed file is read again."""
-    from llmselect.readers import folder_files
-
-    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
-    files = [f for p in map(Path, places) if p.exists() for f in (folder_files(p) if p.is_dir() else [p])]
-    return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-
-
 def _read_rows(run: Run) -> dict[str, Any]:
     from llmselect.pool import read_pool
 
@@ -155,10 +148,14 @@ def _read_rows(run: Run) -> dict[str, Any]:
     evaluation = []
     for name, task in recipe.targets.items():
         shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid}
-        dev, account[f"targets.{name}"] = read_pool(task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared)
+        dev, account[f"targets.{name}"] = read_pool(
+            task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
+        )
         evaluation.append(dev)
         if task.test:
-            test, account[f"tests.{name}"] = read_pool(task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared)
+            test, account[f"tests.{name}"] = read_pool(
+                task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
+            )
             evaluation.append(test)
     _, account["pool"] = read_pool(
         source.path, columns=source.columns, split=source.split, limit=source.limit, max_invalid=source.max_invalid,
@@ -184,7 +181,9 @@ def _usable(run: Run) -> dict[str, Any]:
             else:
                 keep.append(start + i)
                 continue
-            rejected.append({"kind": "unusable", "reason": reason, "detail": why, "origin": f"pool row {start + i}", "id": part["id"][i]})
+            rejected.append(
+                {"kind": "unusable", "reason": reason, "detail": why, "origin": f"pool row {start + i}", "id": part["id"][i]}
+            )
     quarantine = run.folder / "quarantine.jsonl"
     kept_lines = [line for line in quarantine.read_text("utf-8").splitlines() if '"kind": "unusable"' not in line[:24]]
     lines = kept_lines + [json.dumps(one, ensure_ascii=False) for one in rejected]
@@ -226,7 +225,7 @@ def _warm_up(run: Run) -> str:
     if Budget.parse(warmup.budget).tokens is not None:
         extract(run.pool, run.store, {TOKENS: _tokens(run)}, target=run.target, shard_rows=run.recipe.shard_rows)
         cost = np.asarray(run.store[f"{TOKENS}.supervised"])
-    chosen = Random().select(warmup.budget, seed=warmup.seed, ids=run.pool["id"], **({"cost": cost} if cost is not None else {}))
+    chosen = Random().select(warmup.budget, seed=warmup.seed, ids=run.pool["id"], cost=cost)
     out = run.folder / "warmup"
     with run.timed("warmup"):
         finetune(chosen.to_dataset(run.pool), model.path, out, warmup.train, seed=warmup.seed, dtype=model.dtype,
@@ -268,7 +267,8 @@ def _select(run: Run, method: str, seed: int) -> None:
 
 def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any]:
     """The arrays that a selector's hook asks for, from features, pool and targets."""
-    wanted, found = inputs_of(selector), {key: run.store[name] for key, name in reads.items()}
+    wanted = inputs_of(selector)
+    found: dict[str, Any] = {key: run.store[name] for key, name in reads.items()}
     if "groups" in wanted:
         found["groups"] = np.asarray(run.pool["source"])
     if "target" in wanted and "x" in reads:
@@ -293,7 +293,6 @@ def _versions() -> dict[str, str]:
     import platform
     from importlib import metadata
 
-    names = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "numpy", "pyarrow")
-    found = {name: metadata.version(name) for name in names if metadata.packages_distributions().get(name)}
+    names = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pyarrow")
+    found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
-

@@ -108,6 +108,7 @@ class Feature:
         return range(shard * size, min(self.n, (shard + 1) * size))
 
     def path(self, shard: int) -> Path:
+        """The file of a shard."""
         return self.folder / f"{shard:05d}.safetensors"
 
     def missing(self) -> list[int]:

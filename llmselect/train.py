@@ -25,8 +25,8 @@ SFT = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.0
        "gradient_checkpointing": False, "logging_steps": 10, "report_to": "none"}  # fmt: skip
 OWNED = {"output_dir": "out", "max_steps": "train.tokens", "num_train_epochs": "train.tokens", "seed": "seeds",
          "data_seed": "seeds", "per_device_train_batch_size": "train.batch_tokens", "max_length": "train.max_length",
-         "packing": "train.packing", "padding_free": "train.packing", "assistant_only_loss": "nothing: responses are always what is learned",
-         "completion_only_loss": "nothing: responses are always what is learned", "bf16": "model.dtype",
+         "packing": "train.packing", "padding_free": "train.packing", "assistant_only_loss": "nothing: responses are learned",
+         "completion_only_loss": "nothing: responses are learned", "bf16": "model.dtype",
          "fp16": "model.dtype", "dataset_kwargs": "nothing", "use_cpu": "nothing"}  # fmt: skip
 
 
@@ -112,25 +112,16 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
 
 
 def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) -> Any:
-    import sys
-
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from torch.utils.data import DataLoader
-    from trl import SFTConfig, SFTTrainer
+    from transformers import PrinterCallback
+    from trl.trainer.sft_trainer import SFTTrainer
 
     segments = [segment for step in plan.steps for segment in step]
     data = Dataset.from_dict({
         "input_ids": [plan.rows[row].ids.tolist() for row, _, _ in segments],
         "labels": [labels(plan.rows[row], a, b).tolist() for row, a, b in segments],
-    })  # fmt: skip
-    cuda = torch.cuda.is_available()
-    settings = SFTConfig(**{
-        **SFT, "disable_tqdm": not sys.stderr.isatty(), **train.sft, "output_dir": str(out.parent / f".{out.name}.trainer"),
-        "max_steps": len(plan.steps), "seed": seed, "bf16": cuda and backbone.dtype == torch.bfloat16, "use_cpu": not cuda,
-        "save_strategy": "no", "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False, "dataloader_pin_memory": cuda,
     })  # fmt: skip
 
     class TokenStepTrainer(SFTTrainer):
@@ -139,19 +130,32 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) 
         def get_train_dataloader(self) -> DataLoader:
             count = self.accelerator.num_processes * self.args.gradient_accumulation_steps
             batches = list(step_batches(plan, count))
-            loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+            loader: DataLoader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
             return self.accelerator.prepare(loader)
-
-    from transformers import PrinterCallback
 
     model = backbone.causal_lm.requires_grad_(True)
     trainer = TokenStepTrainer(
-        model=model, args=settings, train_dataset=data, processing_class=backbone.tokenizer,
+        model=model, args=_settings(backbone, plan, train, seed, out), train_dataset=data, processing_class=backbone.tokenizer,
         peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **train.lora}),
         data_collator=packed(backbone.pad, backbone.encoder.max_length) if train.packing else padded(backbone.pad),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _settings(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) -> Any:
+    import sys
+
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    cuda = torch.cuda.is_available()
+    return SFTConfig(**{
+        **SFT, "disable_tqdm": not sys.stderr.isatty(), **train.sft, "output_dir": str(out.parent / f".{out.name}.trainer"),
+        "max_steps": len(plan.steps), "seed": seed, "bf16": cuda and backbone.dtype == torch.bfloat16, "use_cpu": not cuda,
+        "save_strategy": "no", "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False, "dataloader_pin_memory": cuda,
+    })  # fmt: skip
 
 
 def step_batches(plan: Schedule, count: int) -> Iterator[list[int]]:
@@ -192,7 +196,12 @@ def _save(trainer: Any, out: Path, key: dict, result: TrainResult, backbone: Any
         trainer.model.save_pretrained(beside, safe_serialization=True)
         card = _card(public, result, provenance, versions)
         (beside / "README.md").write_text(card, "utf-8")
-        about = {"key": key, "result": asdict(replace(result, adapter=out.name)), "provenance": dict(provenance), "versions": versions}
+        about = {
+            "key": key,
+            "result": asdict(replace(result, adapter=out.name)),
+            "provenance": dict(provenance),
+            "versions": versions,
+        }
         atomic.write_json(beside / "train.json", about)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tiny
-
 from llmselect.pool import load_pool
 
 

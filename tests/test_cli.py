@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from llmselect.errors import UsageError
 from llmselect.recipe import load_recipe
 
@@ -22,14 +22,28 @@ def lines(path: Path, chats) -> str:
 @pytest.fixture
 def recipe(tmp_path, tiny_model):
     plan = {
-        "name": "cli", "out": str(tmp_path / "run"), "model": {"path": str(tiny_model), "max_length": 96},
+        "name": "cli",
+        "out": str(tmp_path / "run"),
+        "model": {"path": str(tiny_model), "max_length": 96},
         "pool": {"path": lines(tmp_path / "pool.jsonl", tiny.chats(60))},
-        "targets": {"t": {"dev": lines(tmp_path / "dev.jsonl", tiny.chats(5, 50)), "test": lines(tmp_path / "test.jsonl", tiny.chats(8, 70))}},
+        "targets": {
+            "t": {
+                "dev": lines(tmp_path / "dev.jsonl", tiny.chats(5, 50)),
+                "test": lines(tmp_path / "test.jsonl", tiny.chats(8, 70)),
+            }
+        },
         "features": {"rds": {"extractor": "embedding"}, "trim": {"extractor": "trim"}},
-        "methods": {"random": {"selector": "random"}, "balanced": {"selector": "balanced"}, "length": {"selector": "length"},
-                    "rds+": {"selector": "similarity", "x": "rds"}, "trim": {"selector": "topk", "x": "trim"}},
-        "budget": "20%", "seeds": [0, 1], "train": {"tokens": 300, "batch_tokens": 100},
-    }  # fmt: skip
+        "methods": {
+            "random": {"selector": "random"},
+            "balanced": {"selector": "balanced"},
+            "length": {"selector": "length"},
+            "rds+": {"selector": "similarity", "x": "rds"},
+            "trim": {"selector": "topk", "x": "trim"},
+        },
+        "budget": "20%",
+        "seeds": [0, 1],
+        "train": {"tokens": 300, "batch_tokens": 100},
+    }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(plan))
     return file

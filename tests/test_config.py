@@ -118,8 +118,10 @@ def test_dumped_yaml_has_no_aliases_and_keeps_the_order():
         ({"name": "a", "train": {"rate": float("nan")}}, "train.rate: expected a number, got nan (float)"),
         ({"name": "a", "train": {"rate": 10**400}}, "train.rate: expected a number, got 1000"),
         ({"name": "a", "train": {"rate": "1e999"}}, "train.rate: expected a number, got '1e999' (str)"),
-        ({"name": "a", "train": {"mode": "fats"}},
-         "train.mode: expected one of fast, exact, 3, got 'fats' (str). Did you mean 'fast'?"),
+        (
+            {"name": "a", "train": {"mode": "fats"}},
+            "train.mode: expected one of fast, exact, 3, got 'fats' (str). Did you mean 'fast'?",
+        ),
         ({"name": "a", "train": {"mode": "3"}}, "train.mode: expected one of fast, exact, 3, got '3' (str)"),
         ({"name": "a", "train": 4}, "train: expected a mapping of keys, got 4 (int)"),
         ({"name": "a", "train": {"tokens": -1}}, "train: tokens must be positive, got -1"),
@@ -129,8 +131,10 @@ def test_dumped_yaml_has_no_aliases_and_keeps_the_order():
         ({"name": "a", "seeds": "12"}, "seeds: expected a list, got '12' (str)"),
         ({"name": "a", "seeds": [0, "x"]}, "seeds[1]: expected a whole number, got 'x' (str)"),
         ({"name": "a", "span": [1]}, "span: expected a list of 2 values, got [1] (list)"),
-        ({"name": "a", "budget": True},
-         "budget: expected a whole number or a number or text or a mapping of keys, got True (bool)"),
+        (
+            {"name": "a", "budget": True},
+            "budget: expected a whole number or a number or text or a mapping of keys, got True (bool)",
+        ),
         ({"name": "a", "budget": {"rows": "x"}}, "budget.rows: expected a number, got 'x' (str)"),
         ({"name": "a", "folder": 3}, "folder: expected a path or null, got 3 (int)"),
         ({"name": "a", "warmup": {"tokns": 3}}, "warmup.tokns: unknown key. Did you mean 'tokens'?"),
@@ -138,7 +142,7 @@ def test_dumped_yaml_has_no_aliases_and_keeps_the_order():
         ({"name": "a", "shuffle": 1}, "shuffle: expected true or false, got 1 (int)"),
         ({"name": "a", "shuffle": "no"}, "shuffle: expected true or false, got 'no' (str)"),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_the_key_what_was_given_and_what_is_allowed(data, message):
     with pytest.raises(UsageError) as caught:
         config.from_dict(Outer, data)
@@ -202,9 +206,13 @@ def test_overrides():
         data, ["train.tokens=1e5", "train.rate=null", "seeds=[0,1]", "budget=5%", "a.b.c=true", "path=x=y", "empty="]
     )
     assert made == {
-        "train": {"tokens": 1e5, "rate": None}, "seeds": [0, 1], "budget": "5%", "a": {"b": {"c": True}},
-        "path": "x=y", "empty": None,
-    }  # fmt: skip
+        "train": {"tokens": 1e5, "rate": None},
+        "seeds": [0, 1],
+        "budget": "5%",
+        "a": {"b": {"c": True}},
+        "path": "x=y",
+        "empty": None,
+    }
     assert data == {"train": {"tokens": 5, "rate": 1}, "budget": "7%", "seeds": [3]}
     assert config.apply_overrides({"budget": "5%"}, ["budget.rows=10"]) == {"budget": {"rows": 10}}
 
@@ -228,8 +236,10 @@ def test_override_inside_a_list_and_bad_values():
 def test_substitute():
     data = {"pool": {"path": "${data}/pool-$data.jsonl"}, "list": ["${n}", 3], "vars": {"data": "${raw}"}}
     assert config.substitute(data, {"data": "/d/${n}", "n": 2}) == {
-        "pool": {"path": "/d/${n}/pool-$data.jsonl"}, "list": ["2", 3], "vars": {"data": "${raw}"},
-    }  # fmt: skip
+        "pool": {"path": "/d/${n}/pool-$data.jsonl"},
+        "list": ["2", 3],
+        "vars": {"data": "${raw}"},
+    }
 
 
 @pytest.mark.parametrize("values", [{}, {"data": None}])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import rows
-import tiny
 import torch
 
+import tiny
 from llmselect import extractors as E
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.batch import plan

@@ -143,9 +143,12 @@ def _naive_turns(lists: list[np.ndarray], group: list[int], k: int, n: int) -> t
 
 @many
 @given(
-    seed=SEEDS, n=st.integers(1, 16), group=st.lists(st.integers(0, 3), min_size=1, max_size=6), k=st.integers(0, 20),
+    seed=SEEDS,
+    n=st.integers(1, 16),
+    group=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    k=st.integers(0, 20),
     whole=st.booleans(),
-)  # fmt: skip
+)
 def test_take_turns_rotates_groups_and_queries(seed, n, group, k, whole):
     rng = np.random.default_rng(seed)
     lists = [rng.permutation(n)[: n if whole else rng.integers(0, n + 1)] for _ in group]

@@ -19,11 +19,23 @@ LEVELS = (
     {"engine"},
     {"extractors", "selectors"},
     {
-        "stages", "recipe", "refine", "train", "packing", "token_steps", "generate", "evaluate", "report", "hub",
-        "compare", "comparison", "estimate", "preflight",
+        "stages",
+        "recipe",
+        "refine",
+        "train",
+        "packing",
+        "token_steps",
+        "generate",
+        "evaluate",
+        "report",
+        "hub",
+        "compare",
+        "comparison",
+        "estimate",
+        "preflight",
     },
     {"cli", "__main__"},
-)  # fmt: skip
+)
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "accelerate", "sklearn", "sae_lens", "vllm", "lm_eval")
@@ -104,7 +116,7 @@ def test_the_check_refuses_relative_imports_and_unplaced_modules(source):
         "import llmselect.config, llmselect.recipe",
         "import llmselect.cli",
     ],
-)  # fmt: skip
+)
 def test_nothing_heavy_is_imported(statement):
     code = f"{statement}\nimport sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, timeout=120)

@@ -32,7 +32,7 @@ def line(row) -> bytes:
 BAD = [
     (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', "invalid_utf8"),
     (b'{"messages": [{"role": "user"', "invalid_json"),
-    (b'[1, 2]', "not_an_object"),
+    (b"[1, 2]", "not_an_object"),
     (line({"messages": []}), "empty_messages"),
     (line(say(("user", "only a question"))), "no_assistant_turn"),
     (line(say(("user", "a"), ("assistant", "b"), ("user", "c"))), "last_turn_not_assistant"),
@@ -106,7 +106,9 @@ def test_formats(row, expected):
 
 def test_a_column_map_names_what_is_not_known(tmp_path):
     (tmp_path / "a.csv").write_text('question,reply,origin\n"2+2?",4,quiz\n')
-    data = load_pool(tmp_path / "a.csv", columns={"prompt": "question", "response": "reply", "source": "origin"}, workdir=tmp_path)
+    data = load_pool(
+        tmp_path / "a.csv", columns={"prompt": "question", "response": "reply", "source": "origin"}, workdir=tmp_path
+    )
     assert data[0] == {"id": content_id(QA), "messages": QA, "source": "quiz"}
     with pytest.raises(UsageError, match="Did you mean 'prompt'"):
         load_pool(tmp_path / "a.csv", columns={"promt": "question"})
@@ -148,7 +150,7 @@ def test_an_unknown_kind_of_file_and_a_truncated_one(tmp_path):
         load_pool(tmp_path / "a.xlsx")
     whole = gzip.compress(b"\n".join(line(say(("user", str(i)), ("assistant", "a"))) for i in range(500)))
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LlmselectError, match="b.jsonl.gz: the file is truncated"):
+    with pytest.raises(LlmselectError, match=r"b\.jsonl\.gz: the file is truncated"):
         load_pool(tmp_path / "b.jsonl.gz", workdir=tmp_path)
 
 
@@ -161,8 +163,12 @@ def test_limit_reads_only_the_first_rows(tmp_path):
 def test_evaluation_text_is_dropped_by_prompt_and_by_thirteen_words(tmp_path):
     sentence = " ".join(f"w{i}" for i in range(NGRAM))
     test = load_pool([say(("user", "Is it: TRUE?"), ("assistant", f"Yes, {sentence}."))], group="quiz", workdir=tmp_path / "t")
-    rows = [say(("user", "is it true"), ("assistant", "no")), say(("user", "copy"), ("assistant", f"so {sentence.upper()} so")),
-            say(("user", "near"), ("assistant", sentence.replace("w5", "v5"))), say(("user", "clean"), ("assistant", "row"))]  # fmt: skip
+    rows = [
+        say(("user", "is it true"), ("assistant", "no")),
+        say(("user", "copy"), ("assistant", f"so {sentence.upper()} so")),
+        say(("user", "near"), ("assistant", sentence.replace("w5", "v5"))),
+        say(("user", "clean"), ("assistant", "row")),
+    ]
     data, report = read_pool(rows, against=[test], workdir=tmp_path / "p")
     assert [m[0]["content"] for m in data["messages"]] == ["near", "clean"] and report.contaminated == 2
     assert "quiz/" in (tmp_path / "p" / "quarantine.jsonl").read_text()
@@ -185,8 +191,21 @@ def test_thirteen_grams_against_naive_sets(pool, evaluation):
     assert (Contamination().add(rows).find(candidate) is not None) == expected
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x, max_size=4) | st.dictionaries(
-    st.sampled_from(["messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "text"]), x, max_size=4)))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda x: (
+            st.lists(x, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "text"]
+                ),
+                x,
+                max_size=4,
+            )
+        ),
+    )
+)
 def test_any_json_is_messages_or_invalid(value):
     try:
         messages = to_messages(value)

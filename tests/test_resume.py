@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from llmselect.errors import LlmselectError
 from llmselect.store import FeatureStore
 
@@ -30,12 +30,15 @@ def recipe(tmp_path):
     """A recipe of three features over 600 rows in shards of 20."""
     model = tiny.save(tmp_path / "model")
     plan = {
-        "name": "resume", "model": {"path": str(model), "max_length": 96},
+        "name": "resume",
+        "model": {"path": str(model), "max_length": 96},
         "pool": {"path": write(tmp_path / "pool.jsonl.gz", tiny.chats(600))},
         "targets": {"t": {"dev": write(tmp_path / "dev.jsonl.gz", tiny.chats(6, 50))}},
         "features": {"rds": {"extractor": "embedding"}, "trim": {"extractor": "trim"}, "loss": {"extractor": "loss"}},
-        "methods": {"random": {"selector": "random"}}, "shard_rows": 20, "batch_tokens": 600,
-    }  # fmt: skip
+        "methods": {"random": {"selector": "random"}},
+        "shard_rows": 20,
+        "batch_tokens": 600,
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(plan))
     return tmp_path
 
@@ -49,8 +52,9 @@ def kill_after(recipe: Path, out: Path, processes: int, shards: int) -> int:
     """Start, SIGKILL the whole group once `shards` more shards are there; returns how many were finished."""
     count = lambda: len(list(out.glob("features/*/[0-9]*.json")))  # noqa: E731
     before = count()
-    child = subprocess.Popen(command(recipe, out, processes), env=ENV, start_new_session=True, stderr=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL)  # fmt: skip
+    child = subprocess.Popen(
+        command(recipe, out, processes), env=ENV, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     until = time.monotonic() + 120
     while child.poll() is None and count() < before + shards and time.monotonic() < until:
         time.sleep(0.01)
@@ -88,9 +92,9 @@ def test_a_damaged_shard_is_found_named_and_computed_again(recipe):
     truncated = out / "features" / "loss" / "00001.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:40])
     store = FeatureStore(out / "features")
-    with pytest.raises(LlmselectError, match="00003.safetensors is damaged"):
+    with pytest.raises(LlmselectError, match=r"00003\.safetensors is damaged"):
         store["rds"][:]
-    with pytest.raises(LlmselectError, match="00001.safetensors is damaged"):
+    with pytest.raises(LlmselectError, match=r"00001\.safetensors is damaged"):
         store["loss.nll"][20]
     done = subprocess.run([*run, "--repair"], env=ENV, check=True, capture_output=True, text=True)
     assert "rds: 1 damaged" in done.stderr

@@ -185,12 +185,21 @@ def test_missing_and_mismatched_inputs_are_named(case, name):
 
 @every_case
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("budget,wrong,named", [
-    (K, {"ids": IDS[:-1]}, "ids"), (K, {"n": N + 1}, r"\bn\b"), (K, {"cost": np.ones(N - 1)}, "cost"),
-    (K, {"qualty": np.ones(N)}, "qualty"), ({"tokens": 50}, {"cost": None}, "cost"), (N + 1, {}, "61 rows"),
-    ({"tokens": 3}, {"cost": np.full(N, 9999)}, "9999"), (K, {"x": np.ones((N, 2, 2))}, r"\bx\b"),
-    (K, {"target": np.ones((0, D)), "target_groups": None}, "target"), (K, {"target_groups": []}, "target_groups"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "budget,wrong,named",
+    [
+        (K, {"ids": IDS[:-1]}, "ids"),
+        (K, {"n": N + 1}, r"\bn\b"),
+        (K, {"cost": np.ones(N - 1)}, "cost"),
+        (K, {"qualty": np.ones(N)}, "qualty"),
+        ({"tokens": 50}, {"cost": None}, "cost"),
+        (N + 1, {}, "61 rows"),
+        ({"tokens": 3}, {"cost": np.full(N, 9999)}, "9999"),
+        (K, {"x": np.ones((N, 2, 2))}, r"\bx\b"),
+        (K, {"target": np.ones((0, D)), "target_groups": None}, "target"),
+        (K, {"target_groups": []}, "target_groups"),
+    ],
+)
 def test_other_mistakes_are_named(case, budget, wrong, named):
     with pytest.raises(UsageError, match=named):
         case.select(budget, **wrong)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import rows
-import tiny
 import torch
 
+import tiny
 from llmselect.engine.attention import attention_statistics
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.batch import collate
@@ -34,7 +34,9 @@ def scores(run, data):
 def eager(backbone, ids):
     """Attention maps `[L, H, T, T]` and last states `[T, d]` of one row, fp64, by transformers' own eager attention."""
     backbone.causal_lm.set_attn_implementation("eager")
-    out = backbone.causal_lm(input_ids=torch.tensor(ids[None].astype(np.int64)), output_attentions=True, output_hidden_states=True)
+    out = backbone.causal_lm(
+        input_ids=torch.tensor(ids[None].astype(np.int64)), output_attentions=True, output_hidden_states=True
+    )
     backbone.causal_lm.set_attn_implementation("sdpa")
     return np.stack([a[0].double().numpy() for a in out.attentions]), out.hidden_states[-1][0].double().numpy()
 
@@ -180,7 +182,9 @@ def test_uniform_saliency_is_another_score(backbone):
     assert 0 < np.abs(with_attention.astype(float) - without.astype(float)).max() < 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"penalty": 0.0}, {"penalty": 1.5}, {"mean_weight": -0.1}, {"evidence": 0}, {"last_layers": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"penalty": 0.0}, {"penalty": 1.5}, {"mean_weight": -0.1}, {"evidence": 0}, {"last_layers": 0}]
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UsageError):
         Trim(model="m", **wrong)

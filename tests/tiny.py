@@ -28,9 +28,7 @@ def tokenizer(template: str | None = CHATML, vocab: int = 384):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(TEXTS * 4, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -50,9 +48,19 @@ def model(seed: int = 0, *, layers: int = 3, window: int | None = None, vocab: i
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     shape = dict(
-        vocab_size=vocab, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, max_position_embeddings=512, bos_token_id=0, pad_token_id=1, eos_token_id=3,
-        initializer_range=0.2, attn_implementation="sdpa",
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=3,
+        initializer_range=0.2,
+        attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
     if window:
@@ -69,7 +77,7 @@ def save(folder: Path, seed: int = 0, template: str | None = CHATML, **shape) ->
 
 
 def chats(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """`count` distinct conversations of varied length, one in five with two assistant turns and one in seven with a system turn."""
+    """`count` distinct conversations of varied length; one in five has two assistant turns, one in seven a system turn."""
     import random
 
     rng = random.Random(seed)

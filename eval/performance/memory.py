@@ -51,7 +51,9 @@ def measure(folder: Path, model: Path, rows: int) -> dict[str, float]:
               "methods": {"rds+": {"selector": "similarity", "x": "rds"}, "trim": {"selector": "topk", "x": "trim"},
                           "balanced": {"selector": "balanced"}}, "budget": {"rows": 500}}  # fmt: skip
     (place / "recipe.yaml").write_text(json.dumps(recipe))
-    done = subprocess.run([sys.executable, "-c", CHILD, str(place / "recipe.yaml")], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(place / "recipe.yaml")], check=True, stdout=subprocess.PIPE, text=True
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["stage"]: round(line["peak_mb"], 1) for line in lines}
 

@@ -24,7 +24,7 @@ from llmselect.extractors import Embedding, Loss, Trim
 from llmselect.pool import load_pool
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--pool", required=True)
@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path)
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
     pool = load_pool(a.pool, limit=a.rows)
     target = load_pool(a.target, group="target", limit=10)
     backbone = Backbone(a.model, max_length=512)

@@ -42,9 +42,11 @@ class AttentionStatistics:
     column_sum: torch.Tensor | None = None
 
     def row(self) -> torch.Tensor:
+        """Q before scaling, `[B, T]`."""
         return self._mean(self.row_sum)
 
     def column(self) -> torch.Tensor:
+        """K before scaling, `[B, T]`."""
         return self._mean(self.column_sum)
 
     def _mean(self, total: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +66,7 @@ class AttentionStatistics:
 def attention_sums(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None,
                    scale: float, softcap: float | None, row_map: RowMap) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Row and column signals of one layer, averaged over heads, `[B, T]` fp32 each."""
-    batch, heads, length, width = query.shape
+    batch, heads, length = query.shape[:3]
     key = key.repeat_interleave(heads // key.shape[1], dim=1).float()
     row = torch.zeros(batch, length, device=query.device)
     column, viewers = torch.zeros_like(row), torch.zeros_like(row)

@@ -38,7 +38,8 @@ class Batch:
     """`B` padded rows of `T` tokens and, lazily, their hidden states and token losses.
 
     `ids [B, T]`; `mask [B, T]` real tokens; `response [B, T]` supervised tokens; `content [B, T]`: 0 template or
-    special, 1 prompt text, 2 response text; `cut [B, 2]` prompt and response tokens lost to the length limit. `view` is the sequence the rows were made from (`row` or `response`).
+    special, 1 prompt text, 2 response text; `cut [B, 2]` prompt and response tokens lost to the length limit. `view` is
+    the sequence the rows were made from (`row` or `response`).
     """
 
     backbone: Backbone

@@ -3,7 +3,7 @@
 Paper: IFD of Li et al., "From Quantity to Quality", arXiv 2308.12032, section 2.2; the perplexity ratio of Li et al.,
     "Superfiltering", arXiv 2402.00530, section 2.
 Objective: over the supervised tokens y of a row, `nll` = mean -log p(y_t | everything before), `nll_alone` = mean
-    -log p(y_t | y_<t of the same turn and the turns before it, no prompts), `ifd` = nll / nll_alone, `ifd_ppl` = exp(nll - nll_alone),
+    -log p(y_t | the responses before y_t, no prompts), `ifd` = nll / nll_alone, `ifd_ppl` = exp(nll - nll_alone),
     `entropy` = mean H(p), `margin` = mean difference of the two largest probabilities. In nats.
 Inputs: a causal LM; rows through its chat template.
 Cost: one forward with the LM head on supervised tokens only, in chunks; with `without_prompt` a second, shorter one.

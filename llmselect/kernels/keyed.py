@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def keys_of(ids: Sequence[str] | np.ndarray | None, n: int) -> np.ndarray:
+def keys_of(ids: Any, n: int) -> np.ndarray:
     """`[n]` uint64 keys of rows: the first 16 hex digits of a content id, a hash of any other id, else the row number."""
     if ids is None:
         return np.arange(n, dtype=np.uint64)

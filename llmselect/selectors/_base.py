@@ -75,7 +75,7 @@ class Selector:
 
     def _pick(self, k: int, rng: Keyed, inputs: dict[str, Any]) -> Picked:
         if hasattr(self, "pick"):
-            return self.pick(k, rng, **inputs)
+            return self.pick(k, rng, **inputs)  # type: ignore[attr-defined]
         scores = np.asarray(self.score(rng, **inputs))  # type: ignore[attr-defined]
         return Picked(topk_stable(scores, k, rng.keys), scores)
 
@@ -112,7 +112,9 @@ class Selector:
                 kept[name] = np.asarray(value)
         x, target = kept.get("x"), kept.get("target")
         if x is not None and len(x.shape) not in self.x_ndim:
-            raise UsageError(f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes")
+            raise UsageError(
+                f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes"
+            )
         if x is not None and target is not None and tuple(x.shape[1:]) != tuple(target.shape[1:]):
             raise UsageError(f"x {tuple(x.shape)} and target {tuple(target.shape)} must have the same number of columns")
         return kept

@@ -23,7 +23,10 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
     root = Path(inspect.getfile(ast)).parent
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
-        if not any(p in SKIP or p.startswith("test") for p in parts) and ".".join(parts)[:-3].split(".")[0] in sys.stdlib_module_names:
+        if (
+            not any(p in SKIP or p.startswith("test") for p in parts)
+            and ".".join(parts)[:-3].split(".")[0] in sys.stdlib_module_names
+        ):
             try:
                 yield ".".join(parts)[:-3].removesuffix(".__init__"), ast.parse(file.read_text("utf-8"))
             except (SyntaxError, UnicodeDecodeError):
@@ -44,7 +47,11 @@ def corpus() -> str:
     """All of it as plain text for pretraining, in a fixed order."""
     parts = [*topics().values()]
     for name, tree in modules():
-        docs = [d for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (d := ast.get_docstring(node))]
+        docs = [
+            d
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (d := ast.get_docstring(node))
+        ]
         parts.append(f"{name}\n\n" + "\n\n".join(docs))
     return "\n\n".join(parts)
 
@@ -61,6 +68,8 @@ def chats(rng: Random, each: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
     short = [f for f in functions if 80 < len(f[2]) < 900]
     for name, _, source in rng.sample(short, each):
         yield "code", turn(f"Write the function {name.rsplit('.', 1)[1]} from the module {name.rsplit('.', 1)[0]}.", source)
-    paragraphs = [(topic, p.strip()) for topic, text in sorted(topics().items()) for p in text.split("\n\n") if 150 < len(p) < 900]
+    paragraphs = [
+        (topic, p.strip()) for topic, text in sorted(topics().items()) for p in text.split("\n\n") if 150 < len(p) < 900
+    ]
     for topic, paragraph in rng.sample(paragraphs, each):
         yield "reference", turn(f"Tell me something about {topic.lower()} in Python.", paragraph)

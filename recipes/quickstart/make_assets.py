@@ -68,30 +68,60 @@ def make_tokenizer(text: str):
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-    raw.train_from_iterator(text.split("\n\n"), trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=special[0], pad_token=special[1], eos_token=special[3],
-                                   extra_special_tokens=[special[2]], model_max_length=512)  # fmt: skip
+    raw.train_from_iterator(
+        text.split("\n\n"),
+        trainers.BpeTrainer(
+            vocab_size=2048, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token=special[0],
+        pad_token=special[1],
+        eos_token=special[3],
+        extra_special_tokens=[special[2]],
+        model_max_length=512,
+    )
     fast.chat_template = CHATML
     return fast
+
+
+def make_model(vocabulary: int):
+    """An untrained Llama of about a million parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            pad_token_id=1,
+            eos_token_id=3,
+        )
+    )
 
 
 def train_model(out: Path, steps: int, window: int = 192, batch: int = 12) -> float:
     """Next-token training on the corpus; returns the loss on its held-out last twentieth, nats per token."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     text = library_text.corpus()
     tokenizer = make_tokenizer(text)
     ids = torch.tensor([i for part in text.split("\n\n") for i in [*tokenizer(part)["input_ids"], 0]])
     train, held = ids[: -len(ids) // 20], ids[-len(ids) // 20 :]
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, pad_token_id=1, eos_token_id=3))  # fmt: skip
+    model = make_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     warm = lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * s / steps)))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm)

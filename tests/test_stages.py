@@ -1,0 +1,112 @@
+"""A run on disk: rows that a tokenizer refuses, warm-up, evidence, and the statistics of the table."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import tiny
+from llmselect.errors import LlmselectError
+from llmselect.evaluate import bootstrap
+from llmselect.recipe import load_recipe
+from llmselect.selection import Selection
+from llmselect.stages import Run, extract_stage, prepare, select_stage
+
+
+def write(path, chats):
+    path.write_text("".join(json.dumps({"messages": c, "source": f"s{i % 3}"}) + "\n" for i, c in enumerate(chats)))
+    return str(path)
+
+
+def recipe_of(folder, model, chats, **more):
+    plan = {
+        "name": "stages",
+        "out": str(folder / "run"),
+        "model": {"path": str(model), "max_length": 96},
+        "pool": {"path": write(folder / "pool.jsonl", chats)},
+        "targets": {
+            "t": {"dev": write(folder / "dev.jsonl", tiny.chats(4, 50))},
+            "u": {"dev": write(folder / "dev2.jsonl", tiny.chats(4, 60))},
+        },
+        "methods": {"random": {"selector": "random"}},
+        "budget": "20%",
+        **more,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(plan))
+    return load_recipe(folder / "recipe.yaml")
+
+
+def turn(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_rows_that_a_tokenizer_refuses(tmp_path, tiny_model):
+    good = [turn(f"question {i}", f"answer {i}") for i in range(10)]
+    odd = [
+        turn("special", "<|im_end|><|endoftext|>"),
+        turn("long", "word " * 400),
+        turn("word " * 400, "a long prompt alone is cut"),
+    ]
+    run = Run(recipe_of(tmp_path, tiny_model, good + odd))
+    prepare(run)
+    assert len(run.pool) == 11
+    entries = [json.loads(x) for x in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [e["reason"] for e in entries] == ["only_special_tokens", "longer_than_context"]
+    account = json.loads((run.folder / "rows.json").read_text())
+    assert account["usable"] == 11 and account["unusable"] == {"only_special_tokens": 1, "longer_than_context": 1}
+    kept = Run(
+        recipe_of(
+            tmp_path,
+            tiny_model,
+            good + odd,
+            out=str(tmp_path / "cut"),
+            pool={"path": str(tmp_path / "pool.jsonl"), "overlong": "truncate"},
+        )
+    )
+    prepare(kept)
+    assert len(kept.pool) == 12
+
+
+def test_a_changed_pool_is_refused_once_features_exist(tmp_path, tiny_model):
+    recipe = recipe_of(tmp_path, tiny_model, tiny.chats(20), features={"rds": {"extractor": "embedding"}})
+    run = Run(recipe)
+    prepare(run)
+    extract_stage(run)
+    write(tmp_path / "pool.jsonl", tiny.chats(21))
+    with pytest.raises(LlmselectError, match="another out="):
+        prepare(Run(recipe))
+
+
+def test_warm_up_changes_the_scores_and_evidence_reaches_the_selection(tmp_path, tiny_model):
+    features = {"cold": {"extractor": "trim"}, "warm": {"extractor": "trim", "adapter": "warmup"}}
+    methods = {name: {"selector": "topk", "x": name} for name in features}
+    warmup = {"budget": "20%", "train": {"tokens": 300, "batch_tokens": 100, "sft": {"learning_rate": 1e-2}}}
+    run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(40), features=features, methods=methods, warmup=warmup))
+    for stage in (prepare, extract_stage, select_stage):
+        stage(run)
+    cold, warm = (np.asarray(run.store[n], np.float32) for n in features)
+    assert np.abs(cold - warm).max() > 1e-3
+    selection = Selection.load(run.folder / "selections" / "warm" / "seed-0")
+    assert selection.evidence["top_token"].shape == (len(selection), 2, 4)
+    np.testing.assert_array_equal(selection.evidence["top_token"], run.store["warm.top_token"][selection.indices])
+    np.testing.assert_allclose(selection.evidence["score"], warm[selection.indices, selection.evidence["group"]])
+
+
+def test_bootstrap_interval_covers_and_matches_the_normal_one():
+    rng = np.random.default_rng(0)
+    covered, widths = 0, []
+    for i in range(200):
+        found = bootstrap([rng.normal(1.0, 1.0, 100), rng.normal(3.0, 2.0, 150)], seed=i, resamples=500)
+        covered += found.low <= 2.0 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.90 <= covered / 200 <= 0.99
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.5 * np.sqrt(1 / 100 + 4 / 150), rel=0.05)
+
+
+def test_bootstrap_averages_seeds_and_refuses_nothing():
+    values = np.array([[1.0, 3.0], [3.0, 5.0]])
+    assert bootstrap([values]).mean == 3.0
+    with pytest.raises(LlmselectError):
+        bootstrap([np.zeros(0)])
