@@ -27,7 +27,8 @@ OWNED = {"output_dir": "out", "max_steps": "train.tokens", "num_train_epochs": "
          "data_seed": "seeds", "per_device_train_batch_size": "train.batch_tokens", "max_length": "train.max_length",
          "packing": "train.packing", "padding_free": "train.packing", "assistant_only_loss": "nothing: responses are learned",
          "completion_only_loss": "nothing: responses are learned", "bf16": "model.dtype",
-         "fp16": "model.dtype", "dataset_kwargs": "nothing", "use_cpu": "nothing"}  # fmt: skip
+         "fp16": "model.dtype",
+         "logging_nan_inf_filter": "nothing", "dataset_kwargs": "nothing", "use_cpu": "nothing"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _settings(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path)
         **SFT, "disable_tqdm": not sys.stderr.isatty(), **train.sft, "output_dir": str(out.parent / f".{out.name}.trainer"),
         "max_steps": len(plan.steps), "seed": seed, "bf16": cuda and backbone.dtype == torch.bfloat16, "use_cpu": not cuda,
         "save_strategy": "no", "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
+        "logging_nan_inf_filter": False,  # by default a NaN loss is logged as 0
         "remove_unused_columns": False, "dataloader_pin_memory": cuda,
     })  # fmt: skip
 
@@ -180,6 +182,8 @@ def step_batches(plan: Schedule, count: int) -> Iterator[list[int]]:
 def _refuse_non_finite(trainer: Any, loss: float, rows: Dataset, plan: Schedule) -> None:
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     bad = next(((step, one) for step, one in [*losses, (len(plan.steps), loss)] if one != one or abs(one) == float("inf")), None)
+    if bad is None and not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
+        bad = len(plan.steps), float("nan")
     if bad:
         segments = plan.steps[min(bad[0], len(plan.steps)) - 1]
         ids = [rows[plan.numbers[row]]["id"] for row, _, _ in segments[:5]]
