@@ -77,6 +77,18 @@ class Budget:
         return {k: v for k, v in (("rows", self.rows), ("fraction", self.fraction), ("tokens", self.tokens)) if v is not None}
 
 
+def _checksum(about: Mapping[str, Any]) -> str:
+    rest = {k: v for k, v in about.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _frozen(array: Any) -> np.ndarray:
+    """A read-only copy: nobody else's array changes with it, or becomes read-only."""
+    copy = np.array(array)
+    copy.flags.writeable = False
+    return copy
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """A frozen selection.
@@ -99,10 +111,11 @@ class Selection:
         indices = np.asarray(self.indices, np.int64)
         if len(np.unique(indices)) != len(indices) or (len(indices) and not 0 <= indices.min() <= indices.max() < self.n):
             raise LlmselectError(f"a selection holds distinct rows of 0 … {self.n - 1}")
-        object.__setattr__(self, "indices", indices)
-        for array in (indices, self.scores, self.weights, *self.evidence.values()):
-            if array is not None and array.flags.owndata:
-                array.flags.writeable = False
+        object.__setattr__(self, "indices", _frozen(indices))
+        for name in ("scores", "weights"):
+            if (array := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _frozen(array))
+        object.__setattr__(self, "evidence", {name: _frozen(array) for name, array in self.evidence.items()})
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -154,8 +167,10 @@ class Selection:
             "n": self.n,
             "nested": self.nested,
             "provenance": dict(self.provenance),
+            "evidence": {name: str(array.dtype) for name, array in self.evidence.items()},
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
+        about["checksum"] = _checksum(about)
         with atomic.replace_dir(folder) as beside:
             for name, data in files.items():
                 (beside / name).write_bytes(data)
@@ -170,7 +185,7 @@ class Selection:
             columns["id"] = list(self.ids)
         if self.weights is not None:
             columns["weight"] = self.weights
-        columns |= {f"evidence_{k}": v if np.ndim(v) == 1 else np.asarray(v).tolist() for k, v in self.evidence.items()}
+        columns |= {f"evidence_{k}": v if np.ndim(v) == 1 else np.asarray(v).tolist() for k, v in sorted(self.evidence.items())}
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer)
         return buffer.getvalue()
@@ -183,13 +198,19 @@ class Selection:
         folder = Path(folder)
         if not (folder / "selection.json").exists():
             raise LlmselectError(f"{folder} holds no selection (no selection.json)")
-        about = json.loads((folder / "selection.json").read_text())
+        try:
+            about = json.loads((folder / "selection.json").read_bytes())
+            intact = about.get("checksum") == _checksum(about)
+        except (ValueError, AttributeError):
+            intact = False
+        if not intact:
+            raise LlmselectError(f"{folder / 'selection.json'} is damaged; delete {folder} and select again")
         for name, digest in about["sha256"].items():
             if not (folder / name).exists() or atomic.sha256_file(folder / name) != digest:
                 raise LlmselectError(f"{folder / name} is missing or damaged; delete {folder} and select again")
         table = pq.read_table(folder / "selected.parquet")
         column = {name: table[name] for name in table.column_names}
-        evidence = {k.removeprefix("evidence_"): np.array(v.to_pylist()) for k, v in column.items() if k.startswith("evidence_")}
+        evidence = {k: np.array(column[f"evidence_{k}"].to_pylist(), dtype) for k, dtype in about["evidence"].items()}
         scores = np.load(folder / "scores.npy", allow_pickle=False) if "scores.npy" in about["sha256"] else None
         return cls(
             column["index"].to_numpy(),

@@ -50,6 +50,12 @@ def digest_ids(ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(bytes(out), np.uint8).reshape(-1, 16)
 
 
+def fold_ids(raw: np.ndarray) -> np.ndarray:
+    """`[n]` uint64 of `[n, 16]` bytes: the key of a row's random draws and of tie-breaks. All 16 bytes count."""
+    high, low = np.ascontiguousarray(raw).view(">u8").astype(np.uint64).reshape(-1, 2).T
+    return high ^ (low * np.uint64(0x9E3779B97F4A7C15))
+
+
 class Ids(Sequence[str]):
     """The ids of a feature's rows, read from the memory map: 16 bytes a row, none of them Python strings until asked."""
 
@@ -63,10 +69,6 @@ class Ids(Sequence[str]):
         if isinstance(row, int | np.integer):
             return self.raw[row].tobytes().hex()
         return [one.tobytes().hex() for one in self.raw[row]]
-
-    def keys(self) -> np.ndarray:
-        """`[n]` uint64: the first 16 hex digits of each id, the key of its random draws and of tie-breaks."""
-        return np.ascontiguousarray(self.raw[:, :8]).view(">u8").astype(np.uint64).ravel()
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:

@@ -13,15 +13,21 @@ BLOCK = 8192
 
 
 def unit(rows: Any) -> np.ndarray:
-    """Rows of `[b, d]` as fp32 unit vectors; a zero row stays zero, a non-finite one is an error."""
-    rows = np.asarray(rows, np.float32)
+    """Rows of `[b, d]` as fp64 unit vectors; a zero row stays zero, a non-finite one is not finite.
+
+    Rows are divided by their largest entry first, so that no square over- or underflows.
+    """
+    rows = np.asarray(rows, np.float64)
+    largest = np.abs(rows).max(1, keepdims=True, initial=0)
+    with np.errstate(invalid="ignore"):
+        rows = rows / np.where(largest > 0, largest, 1)
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1)
 
 
 def unit_targets(target: Any) -> np.ndarray:
     """Unit target vectors `[m, d]`; a target without direction is an error, not a similarity of 0."""
-    target = np.asarray(target, np.float32)
+    target = np.asarray(target[:], np.float64)
     bad = np.flatnonzero(~np.isfinite(target).all(1) | (np.abs(target).max(1, initial=0) == 0))
     if len(bad):
         raise LlmselectError(f"target rows {bad[:5].tolist()} are zero or not finite: they have no direction to compare with")
@@ -35,7 +41,8 @@ def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterat
     """
     for start in range(0, x.shape[0], block):
         part = unit(x[start : start + block])
-        cosine = part @ targets.T
+        # In fp64 and then rounded: a GEMM rounds a row by where it lies in a tile, and equal rows must tie.
+        cosine = (part @ targets.T).astype(np.float32)
         if not np.isfinite(cosine).all():
             bad = start + np.flatnonzero(~np.isfinite(part).all(1))
             raise LlmselectError(f"{len(bad)} rows have no finite value and cannot be ranked: rows {bad[:5].tolist()}")

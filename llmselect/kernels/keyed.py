@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from llmselect.store import Ids, digest_ids, fold_ids
+
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The SplitMix64 finaliser (Steele, Lea, Flood 2014): a bijection of 64-bit words with full avalanche."""
@@ -18,24 +20,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def keys_of(ids: Any, n: int) -> np.ndarray:
-    """`[n]` uint64 keys of rows: the first 16 hex digits of a content id, a hash of any other id, else the row number."""
+    """`[n]` uint64 keys of rows: folded from their ids (the same from a list as from a store), else the row number."""
     if ids is None:
         return np.arange(n, dtype=np.uint64)
-    if hasattr(ids, "keys"):
-        return ids.keys()
     if isinstance(ids, np.ndarray) and ids.dtype == np.uint64:
         return ids
-    return np.fromiter((_key(one) for one in ids), np.uint64, count=len(ids))
-
-
-def _key(one: object) -> int:
-    text = str(one)
-    if len(text) == 32:
-        try:
-            return int(text[:16], 16)
-        except ValueError:
-            pass
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return fold_ids(ids.raw if isinstance(ids, Ids) else digest_ids([str(one) for one in ids]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +43,7 @@ class Keyed:
         """`[n]` float64 in (0, 1), one draw per row."""
         with np.errstate(over="ignore"):
             bits = _mix(_mix(self.keys + np.uint64(0x9E3779B97F4A7C15)) ^ self._base(stream))
-        return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def generator(self, stream: str = "") -> np.random.Generator:
         """A NumPy generator for draws that belong to no row."""

@@ -61,6 +61,7 @@ class Selector:
         """
         budget = Budget.parse(budget)
         cost = inputs.get("cost")
+        cost = cost[:] if hasattr(cost, "shape") else cost
         inputs = self._checked(inputs)
         n = self._rows(n, ids, cost, inputs)
         ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)
@@ -110,11 +111,15 @@ class Selector:
         for name, value in kept.items():
             if not hasattr(value, "shape"):
                 kept[name] = np.asarray(value)
+            elif name != "x":  # only the features may be too large to hold
+                kept[name] = np.asarray(value[:])
         x, target = kept.get("x"), kept.get("target")
         if x is not None and len(x.shape) not in self.x_ndim:
             raise UsageError(
                 f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes"
             )
+        if target is not None and not target.shape[0]:
+            raise UsageError("target has no rows: give at least one example to select for")
         if x is not None and target is not None and tuple(x.shape[1:]) != tuple(target.shape[1:]):
             raise UsageError(f"x {tuple(x.shape)} and target {tuple(target.shape)} must have the same number of columns")
         return kept
@@ -131,7 +136,8 @@ class Selector:
         rows = next(iter(lengths.values()))
         if rows == 0:
             raise LlmselectError("the pool is empty")
-        if len(groups := inputs.get("target_groups", ())) and len(groups) != inputs["target"].shape[0]:
+        groups = inputs.get("target_groups")
+        if groups is not None and len(groups) != inputs["target"].shape[0]:
             raise UsageError(f"target_groups has {len(groups)} entries for {inputs['target'].shape[0]} target rows")
         return rows
 

@@ -36,7 +36,8 @@ class TopK(Selector):
     standardize: bool = field(default=False, metadata={"help": "z-score each group's column before mean or max"})
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
-        scores = np.asarray(x, np.float32).reshape(x.shape[0], -1)
+        scores = np.array(x[:]).reshape(x.shape[0], -1)
+        topk_stable(scores.sum(1, dtype=np.float64), 0, rng.keys)  # a row without a finite score is named, not averaged
         largest = self.order == "desc"
         if self.reduce == "round_robin" and scores.shape[1] > 1:
             lists = [topk_stable(column, k, rng.keys, largest=largest) for column in scores.T]
@@ -48,4 +49,4 @@ class TopK(Selector):
         best = columns.max(1) if largest else columns.min(1)  # "max" means the best group, whichever end is best
         combined = best if self.reduce == "max" else columns.mean(1)
         order = topk_stable(combined, k, rng.keys, largest=largest)
-        return Picked(order, combined.astype(np.float32), evidence={"score": combined[order]})
+        return Picked(order, combined.astype(np.result_type(scores, np.float16)), evidence={"score": combined[order]})
