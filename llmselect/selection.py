@@ -202,7 +202,7 @@ class Selection:
             about = json.loads((folder / "selection.json").read_bytes())
             intact = about.get("checksum") == _checksum(about)
         except (ValueError, AttributeError):
-            intact = False
+            about, intact = {}, False
         if not intact:
             raise LlmselectError(f"{folder / 'selection.json'} is damaged; delete {folder} and select again")
         for name, digest in about["sha256"].items():

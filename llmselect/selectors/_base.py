@@ -61,7 +61,7 @@ class Selector:
         """
         budget = Budget.parse(budget)
         cost = inputs.get("cost")
-        cost = cost[:] if hasattr(cost, "shape") else cost
+        cost = cost if cost is None or not hasattr(cost, "shape") else cost[:]
         inputs = self._checked(inputs)
         n = self._rows(n, ids, cost, inputs)
         ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)

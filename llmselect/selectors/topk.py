@@ -49,4 +49,4 @@ class TopK(Selector):
         best = columns.max(1) if largest else columns.min(1)  # "max" means the best group, whichever end is best
         combined = best if self.reduce == "max" else columns.mean(1)
         order = topk_stable(combined, k, rng.keys, largest=largest)
-        return Picked(order, combined.astype(np.result_type(scores, np.float16)), evidence={"score": combined[order]})
+        return Picked(order, combined.astype(np.result_type(scores, np.float32)), evidence={"score": combined[order]})
