@@ -4,53 +4,74 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from llmselect import atomic, config
+from llmselect import adapter_card, atomic, config
 from llmselect.errors import LlmselectError, UsageError, nearest, require
 from llmselect.packing import check_packing, packed, padded
-from llmselect.token_steps import Schedule, labels, parts, schedule
+from llmselect.token_batches import MicroBatches, accumulation
+from llmselect.token_steps import Schedule, schedule
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from llmselect.chat import Encoded
 
 log = logging.getLogger("llmselect")
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 SFT = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
        "gradient_checkpointing": False, "logging_steps": 10, "report_to": "none"}  # fmt: skip
-OWNED = {"output_dir": "out", "max_steps": "train.tokens", "num_train_epochs": "train.tokens", "seed": "seeds",
-         "data_seed": "seeds", "per_device_train_batch_size": "train.batch_tokens", "max_length": "train.max_length",
-         "packing": "train.packing", "padding_free": "train.packing", "assistant_only_loss": "nothing: responses are learned",
-         "completion_only_loss": "nothing: responses are learned", "bf16": "model.dtype",
-         "fp16": "model.dtype",
-         "logging_nan_inf_filter": "nothing", "dataset_kwargs": "nothing", "use_cpu": "nothing"}  # fmt: skip
+_RESPONSES, _COMPLETE = "nothing: responses are always what is learned", "nothing: an adapter is saved once, complete"
+_TEST = "targets.<name>.test"
+OWNED = {
+    "output_dir": "out", "max_steps": "train.tokens", "num_train_epochs": "train.tokens", "seed": "seeds",
+    "data_seed": "seeds", "per_device_train_batch_size": "train.batch_tokens",
+    "auto_find_batch_size": "train.micro_tokens",
+    "gradient_accumulation_steps": "train.micro_tokens", "max_length": "train.max_length", "packing": "train.packing",
+    "padding_free": "train.packing", "assistant_only_loss": _RESPONSES, "completion_only_loss": _RESPONSES,
+    "average_tokens_across_devices": "nothing: a step's loss is always the mean over its supervised tokens",
+    "bf16": "model.dtype", "fp16": "model.dtype", "use_cpu": "nothing", "dataset_kwargs": "nothing",
+    "save_strategy": _COMPLETE, "save_steps": _COMPLETE, "load_best_model_at_end": _COMPLETE, "push_to_hub": _COMPLETE,
+    "resume_from_checkpoint": _COMPLETE, "eval_strategy": _TEST, "eval_on_start": _TEST, "do_eval": _TEST,
+}  # fmt: skip
+"""Settings of SFTConfig that llmselect makes itself, and the key to use in their place."""
 
 
 @dataclass(frozen=True)
 class Train:
     """The `train:` section of a recipe."""
 
-    tokens: int | None = field(default=None, metadata={"help": "supervised tokens seen; null: one epoch of the selection"})
+    tokens: int | None = field(default=None, metadata={"help": "supervised tokens seen; null: one epoch of the rows"})
     batch_tokens: int = field(default=2048, metadata={"help": "supervised tokens of an optimizer step"})
+    micro_tokens: int | None = field(
+        default=None,
+        metadata={"help": "tokens of one forward: more need more memory; null: 16384 on a GPU, 2048 on a CPU"},
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens of a row; null: model.max_length"})
-    packing: bool = field(default=True, metadata={"help": "several rows in one sequence, kept apart; less padding"})
+    packing: bool | None = field(
+        default=None, metadata={"help": "several rows in one sequence, kept apart; null: on a GPU, where it is faster"}
+    )
     sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "TRL SFTConfig settings by their own names"})
     lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "PEFT LoraConfig settings by their own names"})
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "max_length"):
+        for name in ("tokens", "batch_tokens", "micro_tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run did; `seconds` without loading."""
+    """What a training run did; `tokens` are supervised ones, `train_loss` is the mean over steps in nats per token,
+    `seconds` are those of the steps alone."""
 
     adapter: str
     steps: int
@@ -61,7 +82,10 @@ class TrainResult:
 
 
 def validate(train: Train) -> None:
-    """Check the names in `sft` and `lora` against TRL and PEFT, before any model loads."""
+    """Check `sft` and `lora` against TRL and PEFT, before any model loads.
+
+    Errors: `UsageError` naming the key: unknown, set by llmselect itself, or of a wrong value; `MissingExtra`.
+    """
     sft = require("trl", "train").SFTConfig
     lora = require("peft", "train").LoraConfig
     for section, cls, given in (("train.sft", sft, train.sft), ("train.lora", lora, train.lora)):
@@ -71,151 +95,169 @@ def validate(train: Train) -> None:
                 raise UsageError(f"{section}.{key}: llmselect sets this itself; use {OWNED[key]}")
             if key not in known:
                 raise UsageError(f"{section}.{key}: {cls.__name__} has no such setting.{nearest(key, known)}")
+    section = "train.sft"
+    try:
+        _sft(train, output_dir="unused")
+        section = "train.lora"
+        _lora(train)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{section}: {str(error).strip().splitlines()[0]}") from error
 
 
-def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, dtype: str = "auto", max_length: int | None = None,
-             provenance: Mapping[str, Any] | None = None) -> TrainResult:  # fmt: skip
+def _sft(train: Train, *, cuda: bool = False, **ours: Any) -> Any:
+    SFTConfig = require("trl", "train").SFTConfig
+    # YAML 1.1 reads 2e-4 as text.
+    numbers = {f.name for f in fields(SFTConfig) if type(f.default) in (int, float)}
+    given = {k: float(v) if k in numbers and isinstance(v, str) else v for k, v in train.sft.items()}
+    # transformers warns about the old one of these two names, earlier releases know only that one.
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    if any(f.name == new for f in fields(SFTConfig)):
+        for ending in ("", "_kwargs"):
+            if old + ending in given:
+                given.setdefault(new + ending, given.pop(old + ending))
+        defaults = {new if k == old else k: v for k, v in SFT.items()}
+    else:
+        defaults = SFT
+    return SFTConfig(**{
+        "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": cuda, **defaults, **given, "bf16": False,
+        "use_cpu": not cuda, "save_strategy": "no", "max_length": None, "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True}, **ours,
+    })  # fmt: skip
+
+
+def _lora(train: Train) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **train.lora})
+
+
+def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, dtype: str = "float32",
+             max_length: int | None = None, device: str | None = None, provenance: Mapping[str, Any] | None = None,
+             ) -> TrainResult:  # fmt: skip
     """Train a LoRA adapter on the responses of `rows` and save it to `out`, complete or absent.
 
-    An adapter already there that was made from the same rows, settings and seed is returned as it is.
+    Loss of a step: −(1/N) Σ log p(token | what precedes it) over the step's N supervised tokens, whatever the number
+    of processes and micro-batches. N is `train.batch_tokens` (the rest in the last step), so selections of any row
+    lengths are trained for the same tokens in the same number of steps. The same seed gives the same adapter.
 
-    Errors: `LlmselectError` when `out` holds something else, when no row has a response, when the loss is not finite.
+    An adapter already there that was made from the same rows, weights, settings and seed is returned as it is.
+
+    Args:
+        rows: columns `id` and `messages`.
+        model: folder or Hub id.
+        dtype: of the frozen weights: `float32`, `bfloat16` (on a GPU with autocast) or `auto`.
+        max_length: tokens of a row, unless `train.max_length` is given; None takes the model's, at most 2048.
+        device: `cpu` keeps off the GPU. Several GPUs: `accelerate launch`, one process each.
+        provenance: how the rows were selected, for the adapter's card.
+
+    Errors: `UsageError` for wrong settings; `LlmselectError` when `out` holds something else, when a row has no
+    supervised token, when loss or weights stop being finite, when memory runs out.
     """
-    key = {"model": model, "rows": config.fingerprint(list(rows["id"])), "train": config.to_dict(train), "seed": seed,
-           "dtype": dtype, "max_length": train.max_length or max_length}  # fmt: skip
-    if (out / "train.json").exists():
-        stored = json.loads((out / "train.json").read_text())
-        if lines := config.difference(stored["key"], json.loads(json.dumps(key))):
-            raise LlmselectError(f"{out} holds an adapter made otherwise:\n  " + "\n  ".join(lines)
-                                 + "\nDelete it, or give the run another out=.")  # fmt: skip
-        return TrainResult(**{**stored["result"], "adapter": str(out)})
-    from transformers import set_seed
-
+    out, provenance = Path(out), dict(provenance or {})
+    validate(train)
     from llmselect.engine.backbone import Backbone
+    from llmselect.token_trainer import run
 
-    set_seed(seed)
-    backbone = Backbone(model, None, dtype, train.max_length or max_length)
-    encoder = backbone.encoder
-    plan = schedule(len(rows), lambda i: encoder.encode(rows[list(i)]["messages"]) if i else [], train.tokens,
-                    train.batch_tokens, seed)  # fmt: skip
-    if train.packing:
-        check_packing(backbone.causal_lm, backbone.pad)
-    trainer = _trainer(backbone, plan, train, seed, out)
-    start = time.monotonic()
-    found = trainer.train()
-    seconds = time.monotonic() - start
-    _refuse_non_finite(trainer, found.training_loss, rows, plan)
-    result = TrainResult(str(out), len(plan.steps), plan.tokens, round(plan.epochs, 4), found.training_loss, seconds)
+    backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
+    key = {"model": model, "weights": _weights(backbone), "tokens": backbone.encoder.fingerprint,
+           "rows": config.fingerprint(list(rows["id"])), "train": config.to_dict(train), "seed": seed,
+           "dtype": dtype, "max_length": backbone.encoder.max_length}  # fmt: skip
+    if (done := _finished(out, key)) is not None:
+        return done
+    encode = partial(_encode, backbone, rows)
+    plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, block=64)
+    with TemporaryDirectory(prefix="llmselect-train-") as scratch:
+        trainer = _trainer(backbone, plan, train, seed, scratch)
+        start = time.monotonic()
+        loss = run(trainer, rows)
+        seconds = time.monotonic() - start
+    result = TrainResult(str(out), len(plan.steps), plan.tokens, round(plan.epochs, 4), loss, seconds)
     if trainer.accelerator.is_main_process:
-        _save(trainer, out, key, result, backbone, provenance or {})
+        _save(trainer, out, key, result, {**provenance, "rows": len(rows)})
     trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) -> Any:
-    from datasets import Dataset
-    from peft import LoraConfig
-    from torch.utils.data import DataLoader
-    from transformers import PrinterCallback
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    segments = [segment for step in plan.steps for segment in step]
-    data = Dataset.from_dict({
-        "input_ids": [plan.rows[row].ids.tolist() for row, _, _ in segments],
-        "labels": [labels(plan.rows[row], a, b).tolist() for row, a, b in segments],
-    })  # fmt: skip
-
-    class TokenStepTrainer(SFTTrainer):
-        """SFTTrainer whose batches are the planned steps."""
-
-        def get_train_dataloader(self) -> DataLoader:
-            count = self.accelerator.num_processes * self.args.gradient_accumulation_steps
-            batches = list(step_batches(plan, count))
-            loader: DataLoader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
-            return self.accelerator.prepare(loader)
-
-    model = backbone.causal_lm.requires_grad_(True)
-    trainer = TokenStepTrainer(
-        model=model, args=_settings(backbone, plan, train, seed, out), train_dataset=data, processing_class=backbone.tokenizer,
-        peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **train.lora}),
-        data_collator=packed(backbone.pad, backbone.encoder.max_length) if train.packing else padded(backbone.pad),
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _weights(backbone: Any) -> str:
+    """Identity of the weights; local files are read once for all the trainings of a process."""
+    if not Path(backbone.path).is_dir():
+        return backbone.digest()
+    stats = [(f.name, f.stat()) for f in sorted(Path(backbone.path).glob("*"))]
+    return _digest(backbone.path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
-def _settings(backbone: Any, plan: Schedule, train: Train, seed: int, out: Path) -> Any:
-    import sys
+@lru_cache(maxsize=8)
+def _digest(path: str, stamps: tuple) -> str:
+    from llmselect.engine.backbone import weights_digest
 
+    return weights_digest(path)
+
+
+def _finished(out: Path, key: dict[str, Any]) -> TrainResult | None:
+    if not (out / "train.json").exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise LlmselectError(f"{out} holds files that are no adapter of llmselect; give another out=")
+        return None
+    stored = json.loads((out / "train.json").read_text("utf-8"))
+    if lines := config.difference(stored["key"], json.loads(json.dumps(key))):
+        raise LlmselectError(f"{out} holds an adapter made otherwise:\n  " + "\n  ".join(lines)
+                             + "\nDelete it, or give the run another out=.")  # fmt: skip
+    for name, digest in stored["sha256"].items():
+        if not (out / name).exists() or atomic.sha256_file(out / name) != digest:
+            raise LlmselectError(f"{out / name} is damaged or missing; delete {out} and run again")
+    return TrainResult(**{**stored["result"], "adapter": str(out)})
+
+
+def _encode(backbone: Any, rows: Dataset, numbers: Any) -> list[Encoded]:
+    if not numbers:
+        return []
+    found = backbone.encoder.encode(rows[list(numbers)]["messages"])
+    for row in found:
+        row.response[:1] = False  # nothing precedes the first token: it cannot be predicted
+    if empty := [rows[n]["id"] for n, row in zip(numbers, found, strict=True) if not row.response.any()]:
+        raise LlmselectError(
+            f"{len(empty)} rows have no supervised token within max_length={backbone.encoder.max_length}: "
+            f"{', '.join(empty[:5])}; raise max_length or leave them out of the pool"
+        )
+    return found
+
+
+def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, scratch: str) -> Any:
     import torch
-    from trl.trainer.sft_config import SFTConfig
+    from accelerate import PartialState
+    from transformers import set_seed
 
-    cuda = torch.cuda.is_available()
-    return SFTConfig(**{
-        **SFT, "disable_tqdm": not sys.stderr.isatty(), **train.sft, "output_dir": str(out.parent / f".{out.name}.trainer"),
-        "max_steps": len(plan.steps), "seed": seed, "bf16": cuda and backbone.dtype == torch.bfloat16, "use_cpu": not cuda,
-        "save_strategy": "no", "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True},
-        "logging_nan_inf_filter": False,  # by default a NaN loss is logged as 0
-        "remove_unused_columns": False, "dataloader_pin_memory": cuda,
-    })  # fmt: skip
+    from llmselect.token_trainer import token_trainer
 
-
-def step_batches(plan: Schedule, count: int) -> Iterator[list[int]]:
-    """Item numbers of each batch: every step gives `count` of them, one per process and micro-batch.
-
-    Errors: `LlmselectError` when a step has fewer items than there are processes and micro-batches.
-    """
-    at = 0
-    for step in plan.steps:
-        items = list(range(at, at + len(step)))
-        lengths = {i: len(plan.rows[segment[0]].ids) for i, segment in zip(items, step, strict=True)}
-        shares = parts(items, lengths, count)  # type: ignore[arg-type]
-        if not all(shares):
-            raise LlmselectError(
-                f"a step of {len(items)} rows cannot be shared by {count} processes × gradient_accumulation_steps; "
-                "raise train.batch_tokens"
-            )
-        yield from shares
-        at += len(step)
+    cuda = backbone.device.type == "cuda"
+    packing = cuda if train.packing is None else train.packing
+    micro_tokens = train.micro_tokens or (16384 if cuda else 2048)
+    if packing:
+        check_packing(backbone.causal_lm, backbone.pad)
+    state = PartialState()
+    count = accumulation(plan, micro_tokens, state.num_processes, packing)
+    collate = packed(backbone.pad, backbone.encoder.max_length) if packing else padded(backbone.pad)
+    batches = MicroBatches(plan, collate, count, state.num_processes, state.process_index, packing)
+    settings = _sft(train, cuda=cuda, output_dir=scratch, max_steps=len(plan.steps), seed=seed,
+                    gradient_accumulation_steps=count, bf16=cuda and backbone.dtype == torch.bfloat16)  # fmt: skip
+    set_seed(seed)  # LoRA's first values are drawn when the trainer is made
+    try:
+        return token_trainer(backbone, batches, settings, _lora(train), micro_tokens)
+    except ValueError as error:
+        raise UsageError(f"train: {str(error).strip().splitlines()[0]}") from error
 
 
-def _refuse_non_finite(trainer: Any, loss: float, rows: Dataset, plan: Schedule) -> None:
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    bad = next(((step, one) for step, one in [*losses, (len(plan.steps), loss)] if one != one or abs(one) == float("inf")), None)
-    if bad is None and not all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
-        bad = len(plan.steps), float("nan")
-    if bad:
-        segments = plan.steps[min(bad[0], len(plan.steps)) - 1]
-        ids = [rows[plan.numbers[row]]["id"] for row, _, _ in segments[:5]]
-        raise LlmselectError(f"training diverged: loss {bad[1]} at step {bad[0]} (rows {', '.join(ids)}, …); no adapter "
-                             "was saved; lower train.sft.learning_rate or use float32")  # fmt: skip
-
-
-def _save(trainer: Any, out: Path, key: dict, result: TrainResult, backbone: Any, provenance: Mapping[str, Any]) -> None:
+def _save(trainer: Any, out: Path, key: dict[str, Any], result: TrainResult, provenance: dict[str, Any]) -> None:
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    public = key | {"model": Path(key["model"]).name if Path(key["model"]).exists() else key["model"]}
     with atomic.replace_dir(out) as beside:
         trainer.model.save_pretrained(beside, safe_serialization=True)
-        card = _card(public, result, provenance, versions)
+        adapter_card.sort_modules(beside)
+        settings = {"LoRA": LORA | key["train"]["lora"], "SFT": SFT | key["train"]["sft"]}
+        card = adapter_card.card(key, settings, asdict(result), provenance, versions)
         (beside / "README.md").write_text(card, "utf-8")
-        about = {
-            "key": key,
-            "result": asdict(replace(result, adapter=out.name)),
-            "provenance": dict(provenance),
-            "versions": versions,
-        }
+        digests = {f.name: atomic.sha256_file(f) for f in sorted(beside.iterdir())}
+        told = {**asdict(result), "adapter": out.name}
+        about = {"key": key, "result": told, "provenance": provenance, "versions": versions, "sha256": digests}
         atomic.write_json(beside / "train.json", about)
-
-
-def _card(key: Mapping[str, Any], result: TrainResult, provenance: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """A model card: what was trained on what; no licence is claimed, since that of the data decides."""
-    import yaml
-
-    head = yaml.safe_dump({"base_model": key["model"], "library_name": "peft", "tags": ["llmselect", "lora", "sft"]})
-    told = {**provenance, **key["train"], "seed": key["seed"], "steps": result.steps, "supervised tokens": result.tokens,
-            "epochs": result.epochs, "training loss": round(result.train_loss, 4), **versions}  # fmt: skip
-    lines = [f"| {k} | `{json.dumps(v)}` |".replace("\n", " ") for k, v in told.items()]
-    return (f"---\n{head}---\n\n# LoRA adapter of {key['model']}\n\nFine-tuned on the responses of a subset chosen by "
-            "llmselect.\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n")  # fmt: skip

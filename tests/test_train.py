@@ -16,7 +16,7 @@ from llmselect.chat import ChatEncoder, Encoded
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.packing import bins, check_packing, packed, padded
 from llmselect.token_steps import labels, schedule
-from llmselect.train import Train, finetune, step_batches, validate
+from llmselect.train import Train, finetune, validate
 
 
 def encoded(size: int) -> Encoded:
@@ -77,15 +77,6 @@ def test_packed_loss_is_padded_loss():
         nll = -logits.log_softmax(-1).gather(-1, told[:, 1:].clamp_min(0)[..., None])[..., 0]
         total.append(nll[kept].sum().item())
     assert total[0] == pytest.approx(total[1], rel=1e-5)
-
-
-def test_step_batches_share_every_step_between_processes():
-    plan = schedule(20, lambda i: [encoded(6) for _ in i], 100, 50, 0)
-    shares = list(step_batches(plan, 4))
-    assert len(shares) == 4 * len(plan.steps)
-    assert sorted(i for share in shares for i in share) == list(range(sum(map(len, plan.steps))))
-    with pytest.raises(LlmselectError, match=r"raise train\.batch_tokens"):
-        list(step_batches(schedule(1, lambda i: [encoded(50) for _ in i], 50, 50, 0), 2))
 
 
 @pytest.fixture(scope="module")
