@@ -64,10 +64,10 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other, not for this user
-    from llmselect import comparison, stages
+    from llmselect import comparison, prepare, stages
 
     run = stages.Run(plan)
-    order = {"extract": (stages.prepare, stages.extract_stage), "select": (stages.select_stage,),
+    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage,),
              "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
     table = None
     for name, steps in order.items():

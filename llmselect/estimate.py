@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from llmselect.engine.progress import duration
+from llmselect.prepare import prepare
 from llmselect.recipe import Recipe
 from llmselect.selection import Budget
-from llmselect.stages import Run, prepare
+from llmselect.stages import Run
 
 SAMPLE = 512  # pool rows read and passed to measure speed
 

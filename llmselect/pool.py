@@ -1,11 +1,12 @@
 """Pools and targets: any instruction data → a `datasets.Dataset` with `id`, `messages`, `source` (and `group`).
 
-Rows are streamed: the pool lies in an Arrow file that is memory-mapped, and RAM holds one 16-byte digest a row while duplicates
-are looked for. Every row is accounted for: read = kept + invalid + duplicates + contaminated.
+Rows are streamed: the pool lies in an Arrow file that is memory-mapped, and RAM holds 16 bytes a row while duplicates are
+looked for. Every row is accounted for: read = kept + invalid + duplicates + contaminated.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llmselect.decontaminate import Contamination
 from llmselect.errors import LlmselectError
@@ -97,7 +100,7 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
     from datasets import Dataset
 
     check_columns(columns)
-    folder = Path(workdir) if workdir else Path(tempfile.mkdtemp(prefix="llmselect-pool-"))
+    folder = Path(workdir) if workdir else _temporary()
     folder.mkdir(parents=True, exist_ok=True)
     report = PoolReport()
     rejects = _Quarantine(Path(quarantine or folder / "quarantine.jsonl"), report)
@@ -120,6 +123,21 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
     return Dataset.from_file(str(file)), report
 
 
+def _temporary() -> Path:
+    """A folder that goes when the process ends, but for a quarantine with something in it."""
+    folder = Path(tempfile.mkdtemp(prefix="llmselect-pool-"))
+
+    def tidy() -> None:
+        for file in folder.iterdir():
+            if file.name != "quarantine.jsonl" or not file.stat().st_size:
+                file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+    atexit.register(tidy)
+    return folder
+
+
 def load_pool(source: Any, **options: Any) -> Dataset:
     """Read instruction data of any recognised format into a `datasets.Dataset`.
 
@@ -133,7 +151,8 @@ def load_pool(source: Any, **options: Any) -> Dataset:
         limit: read only the first rows.
         max_invalid: share of invalid rows above which loading stops, with examples.
         max_row_bytes: a longer row is invalid.
-        workdir: where the Arrow file and the quarantine go; a temporary folder by default.
+        workdir: where the Arrow file and the quarantine go; by default a temporary folder that goes with the process,
+            but for rejected rows.
         against: evaluation sets; rows that share text with them are dropped.
         quarantine: the file of rejected rows, each with its reason and origin.
 
@@ -165,22 +184,51 @@ def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | Non
 
 def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[tuple]:
     """Rows seen for the first time and clean of evaluation text, as (id, source, messages)."""
-    seen: set[bytes] = set()
+    seen = Seen()
     for origin, source, messages in rows:
         row_id = content_id(messages)
         digest = bytes.fromhex(row_id)
         excerpt = messages[-1]["content"]
-        if digest in seen:
+        if not seen.add(digest):
             report.duplicates += 1
             rejects.add("duplicate", "duplicate", "the same conversation came before", origin, row_id, excerpt)
             continue
-        seen.add(digest)
         if found := contamination.find(messages):
             report.contaminated += 1
             rejects.add("contaminated", "contaminated", found, origin, row_id, excerpt)
             continue
         report.kept += 1
         yield row_id, source, messages
+
+
+class Seen:
+    """A set of 16-byte digests in 16 bytes each: a set of Python objects takes 100, which is gigabytes at 10⁷ rows.
+
+    New digests wait in a small set; when it is full they become a sorted run, and runs of like size are merged, so that
+    a look-up is a binary search in O(log n) runs.
+    """
+
+    def __init__(self, waiting: int = 1 << 14):
+        self.limit, self.waiting, self.runs = waiting, set[bytes](), list[np.ndarray]()
+
+    def add(self, digest: bytes) -> bool:
+        """Whether `digest` is new; it is no longer."""
+        if digest in self.waiting or any(self._holds(run, digest) for run in self.runs):
+            return False
+        self.waiting.add(digest)
+        if len(self.waiting) == self.limit:
+            run = np.sort(np.array(list(self.waiting), "S16"))
+            while self.runs and len(self.runs[-1]) <= len(run):
+                run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
+            self.runs.append(run)
+            self.waiting.clear()
+        return True
+
+    @staticmethod
+    def _holds(run: np.ndarray, digest: bytes) -> bool:
+        at = int(run.searchsorted(np.bytes_(digest)))
+        # NumPy drops trailing zero bytes of a scalar, on both sides alike.
+        return at < len(run) and bytes(run[at]) == digest.rstrip(b"\0")
 
 
 def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolReport) -> Path:

@@ -29,12 +29,11 @@ import numpy as np
 
 from llmselect import atomic, config
 from llmselect.errors import LlmselectError, UsageError
-from llmselect.readers import stamps
-from llmselect.recipe import PoolSource, Recipe
+from llmselect.prepare import set_aside
+from llmselect.recipe import Recipe
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import inputs_of
 from llmselect.store import FeatureStore
-from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,21 +77,22 @@ class Run:
         """The dev rows of all tasks, with their group."""
         from datasets import concatenate_datasets
 
-        return concatenate_datasets([self._opened(f"targets/{name}") for name in self.recipe.targets])
+        return concatenate_datasets([self.opened(f"targets/{name}") for name in self.recipe.targets])
 
     @cached_property
     def tests(self) -> dict[str, Dataset]:
         """The held-out rows of the tasks that have some."""
-        return {name: self._opened(f"tests/{name}") for name, t in self.recipe.targets.items() if t.test}
+        return {name: self.opened(f"tests/{name}") for name, t in self.recipe.targets.items() if t.test}
 
     @cached_property
     def pool(self) -> Dataset:
         """The rows that may be selected: kept when read, and with a response that fits into `max_length`."""
         rows = np.load(self.folder / "pool" / "usable.npy", allow_pickle=False)
-        data = self._opened("pool")
+        data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
-    def _opened(self, place: str) -> Dataset:
+    def opened(self, place: str) -> Dataset:
+        """The rows in a folder of the run."""
         from datasets import Dataset
 
         return Dataset.from_file(str(self.folder / place / "pool.arrow"))
@@ -115,89 +115,6 @@ class Run:
         self.process.wait_for_everyone()
 
 
-def prepare(run: Run) -> None:
-    """Read pool and targets, quarantine what is bad, drop evaluation text, and find the rows that fit."""
-    run.main_first(lambda: _prepare(run))
-
-
-def _prepare(run: Run) -> None:
-    recipe, folder = run.recipe, run.folder
-    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
-    key = config.fingerprint({"pool": config.to_dict(recipe.pool), "model": config.to_dict(recipe.model),
-                              "targets": config.to_dict(recipe.targets), "files": stamps(places)})  # fmt: skip
-    done = folder / "rows.json"
-    if done.exists() and json.loads(done.read_text())["key"] == key:
-        return
-    if done.exists() and run.store.names():
-        raise LlmselectError(f"{folder} was made from other rows or another model (pool, targets or model changed); "
-                             "give this run another out=, or delete that folder")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))
-    atomic.write_json(folder / "versions.json", _versions())
-    with run.timed("prepare"):
-        account = _read_rows(run)
-        account |= _usable(run)
-        atomic.write_json(done, {"key": key, **account})
-
-
-def _read_rows(run: Run) -> dict[str, Any]:
-    from llmselect.pool import read_pool
-
-    recipe, account = run.recipe, {}
-    source: PoolSource = recipe.pool
-    evaluation = []
-    for name, task in recipe.targets.items():
-        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid}
-        dev, account[f"targets.{name}"] = read_pool(
-            task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
-        )
-        evaluation.append(dev)
-        if task.test:
-            test, account[f"tests.{name}"] = read_pool(
-                task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
-            )
-            evaluation.append(test)
-    _, account["pool"] = read_pool(
-        source.path, columns=source.columns, split=source.split, limit=source.limit, max_invalid=source.max_invalid,
-        max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool", against=evaluation if source.decontaminate else (),
-        quarantine=run.folder / "quarantine.jsonl",
-    )  # fmt: skip
-    return {name: report.plain() for name, report in account.items()}
-
-
-def _usable(run: Run) -> dict[str, Any]:
-    """Rows with response text that fits; the others join the quarantine. Nothing of the model is loaded."""
-    from llmselect.engine.backbone import Backbone
-
-    encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length).encoder
-    data, keep, rejected = run._opened("pool"), [], []
-    for start in range(0, len(data), 1000):
-        part = data[start : start + 1000]
-        for i, row in enumerate(encoder.encode(part["messages"])):
-            if row.response_cut and run.recipe.pool.overlong == "reject":
-                reason, why = "longer_than_context", f"{row.response_cut} response tokens do not fit into {encoder.max_length}"
-            elif not (row.content == 2).any():
-                reason, why = "only_special_tokens", "no response text is left between the special tokens"
-            else:
-                keep.append(start + i)
-                continue
-            rejected.append(
-                {"kind": "unusable", "reason": reason, "detail": why, "origin": f"pool row {start + i}", "id": part["id"][i]}
-            )
-    quarantine = run.folder / "quarantine.jsonl"
-    kept_lines = [line for line in quarantine.read_text("utf-8").splitlines() if '"kind": "unusable"' not in line[:24]]
-    lines = kept_lines + [json.dumps(one, ensure_ascii=False) for one in rejected]
-    atomic.write_text(quarantine, "".join(line + "\n" for line in lines))
-    if not keep:
-        raise LlmselectError(f"no row of the pool has a response that fits into {encoder.max_length} tokens")
-    with (run.folder / "pool" / "usable.npy").open("wb") as file:
-        np.save(file, np.array(keep, np.int64), allow_pickle=False)
-    reasons = {r: sum(one["reason"] == r for one in rejected) for r in {one["reason"] for one in rejected}}
-    if rejected:
-        log.info("%d rows set aside: %s", len(rejected), reasons)
-    return {"usable": len(keep), "unusable": reasons}
-
-
 def extract_stage(run: Run) -> None:
     """Every feature of the recipe, plus token counts, on pool and targets."""
     warmup = _warm_up(run) if run.recipe.warmup else None
@@ -206,6 +123,7 @@ def extract_stage(run: Run) -> None:
     with run.timed("extract"):
         extract(run.pool, run.store, made, target=run.target, batch_tokens=run.recipe.batch_tokens,
                 shard_rows=run.recipe.shard_rows)  # fmt: skip
+    run.main_first(lambda: set_aside(run, list(made)))
 
 
 def _tokens(run: Run) -> Any:
@@ -270,7 +188,7 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any
     wanted = inputs_of(selector)
     found: dict[str, Any] = {key: run.store[name] for key, name in reads.items()}
     if "groups" in wanted:
-        found["groups"] = np.asarray(run.pool["source"])
+        found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
         feature, dot, array = reads["x"].partition(".")
         found["target"] = run.store[f"{feature}@target{dot}{array}"]
@@ -279,20 +197,20 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any
     return found
 
 
+def _shared(data: Dataset, column: str) -> np.ndarray:
+    """`[n]` strings of a column with few distinct values, each value held once."""
+    out, known = np.empty(len(data), object), dict[str, str]()
+    for start in range(0, len(data), 8192):
+        part = data.select_columns([column])[start : start + 8192][column]
+        out[start : start + len(part)] = [known.setdefault(one, one) for one in part]
+    return out
+
+
 def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str, np.ndarray]:
     """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
     found = {}
     for name in reads.values():
-        for array in run.store.open(name.partition(".")[0]).spec["arrays"]:
-            if array.startswith("top_"):
-                found[array] = run.store[f"{name.partition('.')[0]}.{array}"][made.indices]
+        feature = name.partition(".")[0]
+        tops = [one for one in run.store.open(feature).spec["arrays"] if one.startswith("top_")]
+        found |= {one: run.store[f"{feature}.{one}"][made.indices] for one in tops}
     return found
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib import metadata
-
-    names = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pyarrow")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}

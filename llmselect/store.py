@@ -7,6 +7,7 @@ Layout, the same whatever the number of processes that wrote it::
     <store>/<feature>/00000.safetensors    rows [0, shard_rows)
     <store>/<feature>/00000.json           its sha256; written after the data, so it also says "complete"
 
+An array is dense, or CSR as `<array>.indptr`, `.indices`, `.data`; spec.json declares its dtype as `csr:float16` then.
 A feature on the target rows is called `<feature>@target`; one array of several is `<feature>.<array>`.
 """
 
@@ -25,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from llmselect import atomic
+from llmselect.arrays import Csr, Ids, SparseArray, StoredArray, digest_ids, not_finite, read_shard
 from llmselect.errors import LlmselectError, UsageError, nearest
 
 VALUE = "value"  # the array meant by a feature's bare name
 SHARD_ROWS = 1024
+CSR_PARTS = ("indptr", "indices", "data")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(@target)?")
-_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "I32": np.int32, "I64": np.int64,
-           "U8": np.uint8, "BOOL": np.bool_}  # fmt: skip
 
 
 def check_name(name: str) -> str:
@@ -39,54 +40,6 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a feature name; allowed: letters, digits, '_', '+', '-' and a final '@target'")
     return name
-
-
-def digest_ids(ids: Sequence[str]) -> np.ndarray:
-    """Row ids as `[n, 16]` bytes: hex content ids as they are, any other id by a 16-byte BLAKE2b digest."""
-    out = bytearray()
-    for one in ids:
-        hexadecimal = len(one) == 32 and not one.strip("0123456789abcdef")
-        out += bytes.fromhex(one) if hexadecimal else hashlib.blake2b(one.encode(), digest_size=16).digest()
-    return np.frombuffer(bytes(out), np.uint8).reshape(-1, 16)
-
-
-def fold_ids(raw: np.ndarray) -> np.ndarray:
-    """`[n]` uint64 of `[n, 16]` bytes: the key of a row's random draws and of tie-breaks. All 16 bytes count."""
-    high, low = np.ascontiguousarray(raw).view(">u8").astype(np.uint64).reshape(-1, 2).T
-    return high ^ (low * np.uint64(0x9E3779B97F4A7C15))
-
-
-class Ids(Sequence[str]):
-    """The ids of a feature's rows, read from the memory map: 16 bytes a row, none of them Python strings until asked."""
-
-    def __init__(self, raw: np.ndarray):
-        self.raw = raw
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, int | np.integer):
-            return self.raw[row].tobytes().hex()
-        return [one.tobytes().hex() for one in self.raw[row]]
-
-
-def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of one safetensors file as read-only memory maps."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        if begin == end:  # an empty array cannot be mapped
-            arrays[name] = np.zeros(shape, dtype)
-        else:
-            arrays[name] = np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape)
-    return arrays
 
 
 @dataclass(frozen=True)
@@ -118,16 +71,25 @@ class Feature:
         return [s for s in range(self.shards) if not self.path(s).with_suffix(".json").exists()]
 
     def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Store one shard, complete or absent."""
+        """Store one shard, complete or absent; rows that are not finite are marked beside its checksum."""
         from safetensors.numpy import save
 
-        expected = len(self.rows(shard))
+        expected, parts = len(self.rows(shard)), {}
         for name, array in arrays.items():
             if len(array) != expected:
                 raise LlmselectError(f"{self.folder.name}: array '{name}' has {len(array)} rows, shard {shard} {expected}")
-        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+            sparse = isinstance(array, Csr)
+            parts |= {f"{name}.{part}": getattr(array, part) for part in CSR_PARTS} if sparse else {name: array}
+        bad = {name: (self.rows(shard).start + rows).tolist() for name, a in arrays.items() if len(rows := not_finite(a))}
+        data = save({name: np.ascontiguousarray(array) for name, array in parts.items()})
         atomic.write_bytes(self.path(shard), data)
-        atomic.write_json(self.path(shard).with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest()})
+        about = {"sha256": hashlib.sha256(data).hexdigest(), **({"non_finite": bad} if bad else {})}
+        atomic.write_json(self.path(shard).with_suffix(".json"), about)
+
+    def non_finite(self, array: str) -> np.ndarray:
+        """The rows whose `array` holds a NaN or an infinity, ascending, as marked when they were stored."""
+        marked = (json.loads(self.path(s).with_suffix(".json").read_text()).get("non_finite", {}) for s in range(self.shards))
+        return np.array([row for one in marked for row in one.get(array, [])], np.int64)
 
     def verify(self, shard: int) -> None:
         """Compare one shard with its checksum; the error names the file and how to recompute it."""
@@ -153,59 +115,6 @@ class Feature:
     @cached_property
     def ids(self) -> Ids:
         return Ids(read_shard(self.folder / "ids.safetensors")["ids"])
-
-
-class StoredArray:
-    """An `[n, …]` array in a store: sliced, gathered or walked in blocks from the memory map, never held whole."""
-
-    def __init__(self, feature: Feature, name: str):
-        if missing := feature.missing():
-            raise LlmselectError(
-                f"feature '{feature.folder.name}' is incomplete: {len(missing)} of {feature.shards} shards are "
-                "missing; run the same extraction again to continue it"
-            )
-        self.feature, self.name, self.ids = feature, name, feature.ids
-        self._maps: dict[int, np.ndarray] = {}
-        first = self._shard(0)
-        self.shape, self.dtype, self.ndim = (feature.n, *first.shape[1:]), first.dtype, first.ndim
-
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            self.feature.verify(shard)
-            self._maps[shard] = read_shard(self.feature.path(shard))[self.name]
-        return self._maps[shard]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        if isinstance(rows, tuple):
-            return self[rows[0]][(slice(None), *rows[1:])]
-        if isinstance(rows, int | np.integer):
-            return self[np.array([rows])][0]
-        index = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
-        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
-        if len(index) and not -len(self) <= index.min() <= index.max() < len(self):
-            raise IndexError(f"row out of range for {len(self)} rows")
-        index = np.where(index < 0, index + len(self), index)
-        out = np.empty((len(index), *self.shape[1:]), self.dtype)
-        size = self.feature.spec["shard_rows"]
-        shard_of = index // size
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            out[here] = self._shard(int(shard))[index[here] - shard * size]
-        return out
-
-    def blocks(self, rows: int = 8192) -> Iterator[tuple[int, np.ndarray]]:
-        """`(start, block)` over all rows in order."""
-        for start in range(0, len(self), rows):
-            yield start, self[start : start + rows]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
-    def __repr__(self) -> str:
-        return f"StoredArray({self.feature.folder.name!r}, {self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
 
 class FeatureStore:
@@ -265,14 +174,15 @@ class FeatureStore:
     def __contains__(self, name: str) -> bool:
         return name.partition(".")[0] in self.names()
 
-    def __getitem__(self, name: str) -> StoredArray:
+    def __getitem__(self, name: str) -> StoredArray | SparseArray:
         feature, _, array = name.partition(".")
         opened = self.open(feature)
         known = list(opened.spec["arrays"])
         if (array or VALUE) not in known:
             choices = [f"{feature}.{one}" for one in known]
             raise UsageError(f"feature '{feature}' has no array '{array or VALUE}'.{nearest(name, choices)} There are: {choices}")
-        return StoredArray(opened, array or VALUE)
+        sparse = opened.spec["arrays"][array or VALUE][0].startswith("csr:")
+        return (SparseArray if sparse else StoredArray)(opened, array or VALUE)
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from llmselect import extractors as E
+from llmselect import selectors
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.batch import plan
 from llmselect.engine.extraction import extract
@@ -194,11 +195,24 @@ def test_a_fitting_extractor_without_target_is_refused(folder, tmp_path):
 
 
 def test_non_finite_rows_are_named_and_never_ranked(folder, tmp_path, monkeypatch, caplog):
-    pool, store = rows.pool(10), FeatureStore(tmp_path)
-    monkeypatch.setattr(E.Embedding, "rows", lambda self, batch, state: {"value": torch.full((len(batch.ids), 48), torch.nan)})
-    extract(pool, store, {"rds": E.Embedding(model=folder)})
-    assert pool["id"][0] in caplog.text
-    from llmselect.selectors import Similarity
+    pool, store, honest = rows.pool(10), FeatureStore(tmp_path), E.Embedding.rows
+    last = max(range(10), key=lambda i: len(str(pool["messages"][i])))  # batches start with the longest row
 
-    with pytest.raises(LlmselectError, match="cannot be ranked"):
-        Similarity().select(2, x=store["rds"], target=np.ones((1, 48)))
+    def broken(self, batch, state):
+        value = honest(self, batch, state)["value"]
+        value[0] = torch.inf
+        return {"value": value}
+
+    monkeypatch.setattr(E.Embedding, "rows", broken)
+    extract(pool, store, {"rds": E.Embedding(model=folder)}, shard_rows=6)
+    bad = store["rds"].non_finite
+    assert len(bad) == 2 and all(pool["id"][i] in caplog.text for i in bad) and last in bad
+    for budget, count in ((3, 3), ("100%", 8)):
+        made = selectors.Similarity(combine="mean").select(budget, x=store["rds"], target=np.ones((1, 48)))
+        assert len(made) == count and not set(made.indices) & set(bad)
+        assert np.flatnonzero(np.isnan(made.scores.reshape(10, -1)).all(1)).tolist() == bad.tolist()
+        assert list(made.ids) == [pool["id"][i] for i in made.indices]
+    monkeypatch.setattr(E.Embedding, "rows", lambda self, batch, state: {"value": torch.full((len(batch.ids), 48), torch.nan)})
+    extract(pool, store, {"none": E.Embedding(model=folder)})
+    with pytest.raises(LlmselectError, match="none of 10 rows"):
+        selectors.Similarity().select(2, x=store["none"], target=np.ones((1, 48)))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 
+from llmselect.arrays import Ids, digest_ids
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels import cosine, keyed
 from llmselect.kernels.cosine import best_per_target, similarity_blocks, unit, unit_targets
@@ -19,7 +20,6 @@ from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.topk import topk_stable
 from llmselect.selectors.similarity import Similarity, take_turns
 from llmselect.selectors.topk import TopK
-from llmselect.store import Ids, digest_ids
 
 SEEDS = st.integers(0, 2**32 - 1)
 many = settings(max_examples=200)

@@ -14,12 +14,13 @@ import llmselect
 ROOT = Path(llmselect.__file__).parent
 # A module may import its own level and those before it. Place a new top-level module on the lowest level that works.
 LEVELS = (
-    {"errors", "atomic", "registry", "selection", "store"},
+    {"errors", "atomic", "registry", "selection", "store", "arrays"},
     {"config", "strict_yaml", "kernels", "pool", "formats", "readers", "decontaminate", "chat", "skeleton"},
     {"engine"},
     {"extractors", "selectors"},
     {
         "stages",
+        "prepare",
         "recipe",
         "refine",
         "train",

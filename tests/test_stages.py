@@ -10,9 +10,10 @@ import pytest
 import tiny
 from llmselect.errors import LlmselectError
 from llmselect.evaluate import bootstrap
+from llmselect.prepare import prepare
 from llmselect.recipe import load_recipe
 from llmselect.selection import Selection
-from llmselect.stages import Run, extract_stage, prepare, select_stage
+from llmselect.stages import Run, extract_stage, select_stage
 
 
 def write(path, chats):

@@ -21,7 +21,8 @@ import tiny
 
 CHILD = """
 import json, resource, sys
-from llmselect.stages import Run, prepare, extract_stage, select_stage
+from llmselect.prepare import prepare
+from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.recipe import load_recipe
 run = Run(load_recipe(sys.argv[1]))
 for stage in (prepare, extract_stage, select_stage):

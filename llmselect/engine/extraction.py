@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmselect import atomic
+from llmselect.arrays import digest_ids
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.passes import Pass, default_batch_tokens, fit
 from llmselect.errors import LlmselectError, UsageError
-from llmselect.store import SHARD_ROWS, Feature, FeatureStore, digest_ids
+from llmselect.store import SHARD_ROWS, FeatureStore
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,16 +137,3 @@ def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any) -
     process.wait_for_everyone()
     device = run.backbone.device
     run.states = {name: {k: v.to(device) for k, v in load_file(file).items()} for name, file in files.items()}
-
-
-def feature_bytes(extractor: Extractor, backbone: Backbone, groups: list[str], rows: int) -> int:
-    """Bytes that a feature of `rows` rows takes in the store."""
-    import numpy as np
-
-    arrays = extractor.arrays(backbone, groups).values()
-    return rows * sum(int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize for dtype, tail in arrays)
-
-
-def open_feature(store: FeatureStore, name: str) -> Feature:
-    """The feature behind `name` or `name.array`."""
-    return store.open(name.partition(".")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from llmselect.engine.backbone import Backbone
     from llmselect.engine.batch import Batch
 
-Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape of one row)
+Arrays = dict[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape of one row); dtype "csr:float16" is stored sparse
 State = Mapping[str, "torch.Tensor"]
 
 
@@ -39,8 +40,9 @@ class Extractor:
         """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts)."""
         return ("row",)
 
-    def layers(self) -> tuple[int, ...]:
-        """The hidden states to keep, numbered as in Hugging Face: 0 embeddings, -1 after the last norm."""
+    def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
+        """The hidden states to keep, numbered as in Hugging Face: 0 embeddings, -1 after the last norm. What `fit`
+        learned may narrow them."""
         return (-1,)
 
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:

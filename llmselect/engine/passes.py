@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmselect.arrays import Csr, not_finite
 from llmselect.engine.batch import Batch, collate, plan
 from llmselect.engine.memory import BackOff
 from llmselect.engine.progress import Progress
@@ -31,6 +32,26 @@ def default_batch_tokens() -> int:
     return 32768 if torch.cuda.is_available() else 4096
 
 
+class SparseRows:
+    """Collects the dense rows `[B, width]` of batches as the sparse rows of a shard."""
+
+    def __init__(self, rows: int, width: int, dtype: str):
+        self.parts = [(np.zeros(1, np.int32), np.full(1, np.nan, dtype))] * rows  # until filled: no row, not a row of zeros
+        self.width, self.dtype = width, dtype
+
+    def __setitem__(self, rows: np.ndarray, values: np.ndarray) -> None:
+        # Rounded first: what becomes zero is not stored.
+        with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported as that
+            values = values.astype(self.dtype)
+        for row, dense in zip(rows, values, strict=True):
+            columns = np.flatnonzero(dense)
+            self.parts[int(row)] = columns.astype(np.int32), dense[columns]
+
+    def csr(self) -> Csr:
+        """All rows collected."""
+        return Csr.of_rows(self.parts, self.width, self.dtype)
+
+
 @dataclass
 class Pass:
     """Extractors that share a model and tokenisation, the features they fill, and how to run them."""
@@ -46,8 +67,8 @@ class Pass:
 
     def layers(self, view: str) -> tuple[int, ...]:
         """Every hidden state that some extractor reads in this view; none means that no forward is needed."""
-        found = {n for e in self.extractors.values() if view in e.views() for n in e.layers()}
-        return tuple(sorted(found))
+        reading = {name: e for name, e in self.extractors.items() if view in e.views()}
+        return tuple(sorted({n for name, e in reading.items() for n in e.layers(self.states.get(name, {}))}))
 
     def encode(self, messages: list[list[dict[str, str]]], view: str) -> list[Encoded]:
         """The rows' token sequences in a view."""
@@ -76,7 +97,7 @@ class Pass:
                             out[name][key][rows] = values
         for name in names:
             self.extractors[name].derive(out[name])
-        return out
+        return {name: {k: v.csr() if isinstance(v, SparseRows) else v for k, v in one.items()} for name, one in out.items()}
 
     @torch.inference_mode()
     def _rows(self, batch: Batch, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -84,10 +105,16 @@ class Pass:
         return {name: {k: v.float().cpu().numpy() if v.dtype == torch.bfloat16 else v.cpu().numpy()
                        for k, v in arrays.items()} for name, arrays in found.items()}  # fmt: skip
 
-    def _empty(self, name: str, rows: int) -> dict[str, np.ndarray]:
+    def _empty(self, name: str, rows: int) -> dict[str, Any]:
         declared = self.extractors[name].arrays(self.backbone, self.groups)
         # A row that no batch fills (nothing to score) must not look like a score of zero.
-        return {k: np.full((rows, *tail), np.nan if np.dtype(d).kind == "f" else 0, d) for k, (d, tail) in declared.items()}
+        empty = {}
+        for key, (dtype, tail) in declared.items():
+            if dtype.startswith("csr:"):
+                empty[key] = SparseRows(rows, tail[0], dtype.removeprefix("csr:"))
+            else:
+                empty[key] = np.full((rows, *tail), np.nan if np.dtype(dtype).kind == "f" else 0, dtype)
+        return empty
 
     def run(self, data: Dataset, label: str, rank: int, world: int, ready: Any) -> None:
         """Fill this process's share of the missing shards. `ready()` is a barrier between listing and writing."""
@@ -126,13 +153,10 @@ def characters(data: Dataset, feature: Feature, shards: Sequence[int]) -> list[i
     return totals
 
 
-def report_non_finite(name: str, arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> None:
+def report_non_finite(name: str, arrays: Mapping[str, Any], ids: Sequence[str]) -> None:
     """Name the rows whose numbers are NaN or infinite: they stay marked in the store and are never ranked."""
     for key, values in arrays.items():
-        if values.dtype.kind != "f":
-            continue
-        bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
-        if len(bad):
+        if len(bad := not_finite(values)):
             shown = ", ".join(str(ids[int(i)]) for i in bad[:5])
             log.warning("%s.%s: %d rows have no finite value and cannot be ranked: %s", name, key, len(bad), shown)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from llmselect.engine.extractor import Arrays, Extractor, State
@@ -39,7 +40,7 @@ class Embedding(Extractor):
     template: bool = field(default=True, metadata={"help": "keep chat marks and special tokens too"})
     normalize: bool = field(default=True, metadata={"help": "unit length"})
 
-    def layers(self) -> tuple[int, ...]:
+    def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
         return (self.layer,)
 
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from llmselect.engine.extractor import Arrays, Extractor, State
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class Tokens(Extractor):
     """Arrays `total`, `supervised`, `text`, `prompt_cut`, `response_cut`, each `[n]` int32."""
 
-    def layers(self) -> tuple[int, ...]:
+    def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
         return ()
 
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmselect.store import Ids, digest_ids, fold_ids
+from llmselect.arrays import Ids, digest_ids, fold_ids
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from llmselect import config
+from llmselect.arrays import Subset
 from llmselect.errors import LlmselectError, UsageError, nearest
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.topk import topk_stable
@@ -22,6 +24,8 @@ VOCABULARY = {
     "groups": "[n] source or cluster",
     "cost": "[n] supervised tokens",
 }
+OF_TARGET = ("target", "target_groups")
+log = logging.getLogger("llmselect")
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,26 @@ class Selector:
         inputs = self._checked(inputs)
         n = self._rows(n, ids, cost, inputs)
         ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)
-        rng = Keyed(seed, keys_of(ids, n))
+        keys, lost = keys_of(ids, n), _not_finite(inputs)
+        rows = np.delete(np.arange(n), lost)
+        if not len(rows):
+            raise LlmselectError(f"'{self.name}': none of {n} rows has finite features; nothing can be ranked")
+        if len(lost):
+            log.warning("%s: %d rows are left out: their features are not finite", self.name, len(lost))
+            keys, cost = keys[rows], None if cost is None else np.asarray(cost)[rows]
+            inputs = {k: v if k in OF_TARGET else Subset(v, rows) if k == "x" else v[rows] for k, v in inputs.items()}
         if budget.tokens is None:
-            picked = self._pick(budget.rows_of(n), rng, inputs)
+            picked = self._pick(min(budget.rows_of(n), len(rows)), Keyed(seed, keys), inputs)
         else:
-            picked = self._pick_tokens(budget.tokens, n, cost, rng, inputs)
-        made = {"selector": self.name, "config": config.to_dict(self), "seed": seed, "budget": budget.plain(), "n": n}
-        chosen = None if ids is None else [ids[int(i)] for i in picked.order]
-        return Selection(picked.order, n, picked.scores, picked.weights, picked.evidence or {}, self.nested, made, chosen)
+            picked = self._pick_tokens(budget.tokens, len(rows), cost, Keyed(seed, keys), inputs)
+        made = {"selector": self.name, "config": config.to_dict(self), "seed": seed, "budget": budget.plain(), "n": n,
+                **({"not_finite": len(lost)} if len(lost) else {})}  # fmt: skip
+        order, scores = rows[picked.order], picked.scores
+        if len(lost) and scores is not None:
+            scores = np.full((n, *scores.shape[1:]), np.nan, scores.dtype)
+            scores[rows] = picked.scores
+        chosen = None if ids is None else [ids[int(i)] for i in order]
+        return Selection(order, n, scores, picked.weights, picked.evidence or {}, self.nested, made, chosen)
 
     def _pick(self, k: int, rng: Keyed, inputs: dict[str, Any]) -> Picked:
         if hasattr(self, "pick"):
@@ -140,6 +156,12 @@ class Selector:
         if groups is not None and len(groups) != inputs["target"].shape[0]:
             raise UsageError(f"target_groups has {len(groups)} entries for {inputs['target'].shape[0]} target rows")
         return rows
+
+
+def _not_finite(inputs: dict[str, Any]) -> np.ndarray:
+    """Rows that the store marked as not finite in some feature; arrays made by hand are checked where they are ranked."""
+    marked = [v.non_finite for k, v in inputs.items() if k not in OF_TARGET and hasattr(v, "non_finite")]
+    return np.unique(np.concatenate(marked)) if marked else np.zeros(0, np.int64)
 
 
 def inputs_of(cls: type) -> dict[str, bool]:

@@ -1,0 +1,131 @@
+"""Which rows a run uses: pool and targets read, evaluation text dropped, what does not fit or is not finite set aside."""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmselect import atomic, config
+from llmselect.errors import LlmselectError
+from llmselect.readers import stamps
+from llmselect.recipe import PoolSource
+from llmselect.strict_yaml import dump_yaml
+
+if TYPE_CHECKING:
+    from llmselect.stages import Run
+
+log = logging.getLogger("llmselect")
+
+
+def prepare(run: Run) -> None:
+    """Read pool and targets, quarantine what is bad, drop evaluation text, and find the rows that fit."""
+    run.main_first(lambda: _prepare(run))
+
+
+def _prepare(run: Run) -> None:
+    recipe, folder = run.recipe, run.folder
+    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
+    key = config.fingerprint({"pool": config.to_dict(recipe.pool), "model": config.to_dict(recipe.model),
+                              "targets": config.to_dict(recipe.targets), "files": stamps(places)})  # fmt: skip
+    done = folder / "rows.json"
+    if done.exists() and json.loads(done.read_text())["key"] == key:
+        return
+    if done.exists() and run.store.names():
+        raise LlmselectError(f"{folder} was made from other rows or another model (pool, targets or model changed); "
+                             "give this run another out=, or delete that folder")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))
+    atomic.write_json(folder / "versions.json", _versions())
+    with run.timed("prepare"):
+        account = _read_rows(run)
+        account |= _usable(run)
+        atomic.write_json(done, {"key": key, **account})
+
+
+def _read_rows(run: Run) -> dict[str, Any]:
+    from llmselect.pool import read_pool
+
+    recipe, account = run.recipe, {}
+    source: PoolSource = recipe.pool
+    evaluation = []
+    for name, task in recipe.targets.items():
+        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid}
+        dev, account[f"targets.{name}"] = read_pool(
+            task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
+        )
+        evaluation.append(dev)
+        if task.test:
+            test, account[f"tests.{name}"] = read_pool(
+                task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
+            )
+            evaluation.append(test)
+    _, account["pool"] = read_pool(
+        source.path, columns=source.columns, split=source.split, limit=source.limit, max_invalid=source.max_invalid,
+        max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool", against=evaluation if source.decontaminate else (),
+        quarantine=run.folder / "quarantine.jsonl",
+    )  # fmt: skip
+    return {name: report.plain() for name, report in account.items()}
+
+
+def _usable(run: Run) -> dict[str, Any]:
+    """Rows with response text that fits; the others join the quarantine. Nothing of the model is loaded."""
+    from llmselect.engine.backbone import Backbone
+
+    encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length).encoder
+    data, keep, rejected = run.opened("pool"), array.array("q"), []
+    for start in range(0, len(data), 1000):
+        part = data[start : start + 1000]
+        for i, row in enumerate(encoder.encode(part["messages"])):
+            if row.response_cut and run.recipe.pool.overlong == "reject":
+                reason, why = "longer_than_context", f"{row.response_cut} response tokens do not fit into {encoder.max_length}"
+            elif not (row.content == 2).any():
+                reason, why = "only_special_tokens", "no response text is left between the special tokens"
+            else:
+                keep.append(start + i)
+                continue
+            rejected.append(
+                {"kind": "unusable", "reason": reason, "detail": why, "origin": f"pool row {start + i}", "id": part["id"][i]}
+            )
+    _replace_lines(run.folder / "quarantine.jsonl", "unusable", rejected)
+    if not keep:
+        raise LlmselectError(f"no row of the pool has a response that fits into {encoder.max_length} tokens")
+    with (run.folder / "pool" / "usable.npy").open("wb") as file:
+        np.save(file, np.frombuffer(keep, np.int64), allow_pickle=False)
+    reasons = {r: sum(one["reason"] == r for one in rejected) for r in {one["reason"] for one in rejected}}
+    if rejected:
+        log.info("%d rows set aside: %s", len(rejected), reasons)
+    return {"usable": len(keep), "unusable": reasons}
+
+
+def set_aside(run: Run, features: list[str]) -> None:
+    """Rows with a feature that is not finite join the quarantine; methods that read the feature leave them out."""
+    found = []
+    for name in features:
+        feature = run.store.open(name)
+        for key in feature.spec["arrays"]:
+            found += [(int(row), f"{name}.{key}", feature.ids[int(row)]) for row in feature.non_finite(key)]
+    entries = [{"kind": "non_finite", "reason": "non_finite", "detail": f"{where} holds NaN or infinity",
+                "origin": f"usable row {row}", "id": row_id} for row, where, row_id in sorted(found)]  # fmt: skip
+    _replace_lines(run.folder / "quarantine.jsonl", "non_finite", entries)
+
+
+def _replace_lines(quarantine: Path, kind: str, entries: list[dict[str, Any]]) -> None:
+    """Put `entries` in the place of those of their kind, so that a stage may run twice."""
+    start = json.dumps({"kind": kind})[:-1]
+    kept = [line for line in quarantine.read_text("utf-8").split("\n") if line and not line.startswith(start)]
+    lines = kept + [json.dumps(one, ensure_ascii=False) for one in entries]
+    atomic.write_text(quarantine, "".join(line + "\n" for line in lines))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib import metadata
+
+    names = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pyarrow")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
