@@ -150,7 +150,7 @@ class Stored:
 
     def _index(self, rows: Any) -> np.ndarray:
         """Any NumPy row index as row numbers."""
-        index = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
         if len(index) and not -len(self) <= index.min() <= index.max() < len(self):
             raise IndexError(f"row out of range for {len(self)} rows")

@@ -163,6 +163,45 @@ def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")]
         print(f"  {one['name']:<16} {one['default']!s:<14} {one['help'] or one['type']}")
 
 
+sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
+app.add_typer(sae_app, name="sae")
+
+
+@sae_app.command("train")
+def sae_train(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train the SAE of the recipe's `sae:` section on its pool; resumes. Prints held-out variance unexplained, L0, dead latents.
+
+    Example: `llmselect sae train recipes/mona sae.k=64 sae.tokens=50000000`.
+    """
+    from dataclasses import asdict
+
+    from llmselect import prepare, stages
+    from llmselect import recipe as recipes
+    from llmselect.errors import UsageError
+
+    plan = recipes.load_recipe(recipe, overrides)
+    if plan.sae is None:
+        raise UsageError("the recipe has no sae: section; give one, e.g. sae.tokens=2000000")
+    run = stages.Run(plan)
+    prepare.prepare(run)
+    report = stages.sae_stage(run)
+    print(json.dumps(asdict(report)) if as_json else f"{report.describe()}\nsaved: {run.folder / 'sae'}")
+
+
+@sae_app.command("describe")
+def sae_describe(recipe: RecipePath, overrides: Overrides = None,
+                 latents: Annotated[str | None, typer.Option(help="e.g. 12,845; default: those that decide most")] = None,
+                 rows: Annotated[int, typer.Option(help="rows shown per latent")] = 5,
+                 as_json: Json = False) -> None:  # fmt: skip
+    """Show the pool rows and tokens that fire latents most. Without `--latents`: the evidence of the run's MONA selections."""
+    from llmselect import recipe as recipes
+    from llmselect import stages
+    from llmselect.sae import describe
+
+    found = stages.describe_latents(stages.Run(recipes.load_recipe(recipe, overrides)), latents, rows)
+    print(json.dumps(found) if as_json else describe.text(found))
+
+
 @app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(help="folders of runs")], as_json: Json = False) -> None:
     """Overlap, source mix, lengths and scores of the selections of one or several runs."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmselect import config
 from llmselect.errors import UsageError, nearest
 from llmselect.registry import extractors, selectors
+from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
 from llmselect.train import Train
@@ -80,6 +81,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     full: bool = field(default=True, metadata={"help": "also train on the whole pool, at the same token budget"})
     warmup: Warmup | None = None
+    sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
     out: str | None = field(default=None, metadata={"help": "run folder; null: runs/<name>"})
@@ -95,8 +97,14 @@ class Recipe:
         options = dict(self.features[name])
         cls = _named(extractors, options.pop("extractor", None), where, "extractor")
         shared = {"model": self.model.path, "dtype": self.model.dtype, "max_length": self.model.max_length}
-        made = config.from_dict(cls, {**shared, **options}, where)
+        made: Any = config.from_dict(cls, {**shared, **options}, where)
+        if self.trains_sae(made):
+            made = replace(made, sae=str(self.folder / "sae"))
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
+
+    def trains_sae(self, extractor: Extractor) -> bool:
+        """Whether a feature reads the SAE of this recipe's `sae:` section."""
+        return self.sae is not None and getattr(extractor, "sae", None) == "trained"
 
     def selector(self, name: str) -> tuple[Selector, dict[str, str]]:
         """The selector of method `name`, and the features that it reads by input name."""
@@ -130,8 +138,11 @@ class Recipe:
         _prefixed("budget", lambda: Budget.parse(self.budget))
         self._check_files()
         for name in self.features:
-            if self.extractor(name).adapter == "warmup" and self.warmup is None:
+            made = self.extractor(name)
+            if made.adapter == "warmup" and self.warmup is None:
                 raise UsageError(f"features.{name}.adapter: 'warmup' needs a warmup: section")
+            if getattr(made, "sae", None) == "trained":
+                raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:
             self._check_method(name)
         validate(self.train)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,10 +121,23 @@ def extract_stage(run: Run) -> None:
     warmup = _warm_up(run) if run.recipe.warmup else None
     made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features}
     made = {TOKENS: _tokens(run), **made}
+    if run.recipe.sae:
+        run.main_first(lambda: sae_stage(run))
     with run.timed("extract"):
         extract(run.pool, run.store, made, target=run.target, batch_tokens=run.recipe.batch_tokens,
                 shard_rows=run.recipe.shard_rows)  # fmt: skip
     run.main_first(lambda: set_aside(run, list(made)))
+
+
+def sae_stage(run: Run) -> Any:
+    """Train the SAE of the recipe's `sae:` section on the pool."""
+    from llmselect.engine.backbone import Backbone
+    from llmselect.sae.training import train_sae
+
+    model = run.recipe.model
+    assert run.recipe.sae is not None
+    with run.timed("sae"):
+        return train_sae(run.pool, Backbone(model.path, None, model.dtype, model.max_length), run.folder / "sae", run.recipe.sae)
 
 
 def _tokens(run: Run) -> Any:
@@ -214,3 +228,40 @@ def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str
         tops = [one for one in run.store.open(feature).spec["arrays"] if one.startswith("top_")]
         found |= {one: run.store[f"{feature}.{one}"][made.indices] for one in tops}
     return found
+
+
+def describe_latents(run: Run, latents: str | None, rows: int) -> list[dict[str, Any]]:
+    """What latents of the run's `sae` feature fire on: those named, or the ones that decided most picks."""
+    from llmselect.engine.backbone import Backbone
+    from llmselect.sae import describe, load
+
+    made: dict[str, Any] = {name: run.recipe.extractor(name) for name in run.recipe.features}
+    name = next((name for name, one in made.items() if one.name == "sae"), None)
+    if name is None:
+        raise UsageError(f"the recipe has no feature with extractor: sae; its features: {list(made)}")
+    if latents is None:
+        wanted = _deciding(run)
+    elif all(part.strip().isdigit() for part in latents.split(",")):
+        wanted = [int(part) for part in latents.split(",")]
+    else:
+        raise UsageError(f"--latents {latents}: give numbers, e.g. --latents 12,845")
+    x: Any = run.store[name]
+    model = run.recipe.model
+    if wrong := [latent for latent in wanted if latent >= x.shape[1]]:
+        raise UsageError(f"--latents: {wrong[0]} is not one of 0 … {x.shape[1] - 1}")
+    backbone = Backbone(model.path, None, model.dtype, model.max_length)
+    layer = int(run.store.fitted(name)["layer"])
+    sae = load.load(made[name].sae, made[name].sae_id, str(backbone.device))
+    return describe.describe(run.pool, x, sae, backbone, layer, wanted, rows)
+
+
+def _deciding(run: Run, count: int = 8) -> list[int]:
+    """The latents that come first in the evidence of most rows that MONA picked."""
+    votes: Counter[int] = Counter()
+    for file in sorted((run.folder / "selections").glob("*/*/selection.json")):
+        evidence = Selection.load(file.parent).evidence
+        if "latent" in evidence:
+            votes.update(int(latent) for latent in evidence["latent"][:, 0] if latent >= 0)
+    if not votes:
+        raise UsageError("this run has no MONA selection yet; run it first, or name --latents")
+    return [latent for latent, _ in votes.most_common(count)]

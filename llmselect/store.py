@@ -167,6 +167,12 @@ class FeatureStore:
                 + f"\nGive the feature another name, or delete {self.path / name} to make it again."
             )  # fmt: skip
 
+    def fitted(self, name: str) -> dict[str, np.ndarray]:
+        """What the extractor of feature `name` learned from the target rows."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path / f"{check_name(name)}@target" / "fit.safetensors")
+
     def remove(self, name: str) -> None:
         """Delete a feature."""
         shutil.rmtree(self.open(name).folder)

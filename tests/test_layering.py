@@ -17,6 +17,7 @@ LEVELS = (
     {"errors", "atomic", "registry", "selection", "store", "arrays"},
     {"config", "strict_yaml", "kernels", "pool", "formats", "readers", "decontaminate", "chat", "skeleton"},
     {"engine"},
+    {"sae"},
     {"extractors", "selectors"},
     {
         "stages",

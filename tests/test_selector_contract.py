@@ -27,10 +27,13 @@ IDS = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(N)]
 FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups")
 
 
-def make(name: str, ndim: int, tied: bool) -> np.ndarray:
+def make(name: str, ndim: int, tied: bool, sign: str = "any") -> np.ndarray:
     """An input by its name in the vocabulary; `tied` ones are exact in fp32, with many equal rows."""
     rng = np.random.default_rng(7)
-    real = (lambda *shape: rng.choice([-1.0, 1.0], shape)) if tied else (lambda *shape: rng.standard_normal(shape))
+    low = -1.0 if sign == "any" else 0.0
+    real = (lambda *shape: rng.choice([low, 1.0], shape)) if tied else (lambda *shape: rng.standard_normal(shape))
+    if sign == "nonnegative" and not tied:
+        real = lambda *shape: np.maximum(rng.standard_normal(shape), 0)  # noqa: E731
     if name == "x":
         x = np.repeat(real(N // 4, D), 4, axis=0) if tied else real(N, D)
         return x if ndim == 2 else x[:, 0].copy()
@@ -59,7 +62,7 @@ class Case:
         return inputs_of(type(self.selector))
 
     def inputs(self, tied: bool = False, dtype: Any = None) -> dict[str, Any]:
-        made = {name: make(name, self.ndim, tied) for name in self.wanted}
+        made = {name: make(name, self.ndim, tied, self.selector.x_sign) for name in self.wanted}
         return {k: v.astype(dtype) if dtype and k in FLOATS else v for k, v in made.items()}
 
     def select(self, budget: Any = K, inputs: dict[str, Any] | None = None, **more: Any) -> Selection:

@@ -1,9 +1,10 @@
 """How much the feature passes cost beyond a plain forward of the model body over the same batches.
 
-    python eval/performance/passes.py --model DIR --pool FILE [--rows 512] [--repeats 7]
+    python eval/performance/passes.py --model DIR --pool FILE --target FILE [--rows 384] [--repeats 9]
 
-Paired in one process, interleaved; the figure is the median of the ratios with its range. Also peak memory of the
-process per feature: the growth of resident memory while passes run.
+Paired in one process, interleaved; the figure is the median of the ratios with its range. The floor of `sae` is the
+forward up to the layer it reads; the floor of `trim + rds+ + sae + loss` is the forward of the body and the LM-head loss
+of the responses. The SAE has random weights (cost does not depend on them), 8 latents per number of the state.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,8 +22,9 @@ import torch
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.batch import collate, plan
 from llmselect.engine.passes import Pass, fit
-from llmselect.extractors import Embedding, Loss, Trim
+from llmselect.extractors import Embedding, Loss, Sae, Trim
 from llmselect.pool import load_pool
+from llmselect.sae.load import hook_of
 
 
 def arguments() -> argparse.Namespace:
@@ -29,8 +32,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--pool", required=True)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -41,28 +44,37 @@ def main() -> None:
     pool = load_pool(a.pool, limit=a.rows)
     target = load_pool(a.target, group="target", limit=10)
     backbone = Backbone(a.model, max_length=512)
-    features = {"trim": Trim(model=a.model), "rds+": Embedding(model=a.model),
+    folder = tempfile.mkdtemp()
+    features = {"trim": Trim(model=a.model), "rds+": Embedding(model=a.model), "sae": random_sae(backbone, folder),
                 "loss": Loss(model=a.model, without_prompt=False)}  # fmt: skip
     run = Pass(backbone, features, {}, {}, ["target"], a.batch_tokens)
     fit(run, target)
     encoded = backbone.encoder.encode(list(pool["messages"]))
     batches = plan([len(row.ids) for row in encoded], a.batch_tokens)
 
-    def plain() -> None:
+    layer = int(run.states["sae"]["layer"])
+
+    def plain(layers: tuple[int, ...] = (-1,), head: bool = False) -> None:
         for rows in batches:
             batch = collate(backbone, [encoded[i] for i in rows])
-            backbone.states(batch.ids, batch.mask, (-1,))
+            states = backbone.states(batch.ids, batch.mask, layers)
+            if head:
+                row, at = batch.response[:, 1:].nonzero(as_tuple=True)
+                logits = backbone.causal_lm.get_output_embeddings()(states[backbone.depth][row, at])
+                torch.nn.functional.cross_entropy(logits.float(), batch.ids[row, at + 1])
 
     def with_feature(names: list[str]) -> None:
         for rows in batches:
-            run._rows(collate(backbone, [encoded[i] for i in rows]), names)
+            wanted = {at for name in names for at in features[name].layers(run.states.get(name, {}))}
+            run._rows(collate(backbone, [encoded[i] for i in rows], tuple(sorted(wanted))), names)
 
-    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"]}
+    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"], "trim + rds+ + sae + loss": list(features)}
+    floors = {"sae": lambda: plain((layer,)), "trim + rds+ + sae + loss": lambda: plain(head=True)}
     ratios: dict[str, list[float]] = {name: [] for name in arms}
     plain()
     for _ in range(a.repeats):
         for name, names in arms.items():
-            floor, took = timed(plain), timed(lambda names=names: with_feature(names))
+            floor, took = timed(floors.get(name, plain)), timed(lambda names=names: with_feature(names))
             ratios[name].append(took / floor)
     tokens = sum(len(row.ids) for row in encoded)
     found = {"rows": len(encoded), "tokens": tokens, "threads": torch.get_num_threads(), "device": str(backbone.device),
@@ -73,6 +85,16 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if a.out:
         a.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def random_sae(backbone: Backbone, folder: str) -> Sae:
+    """A TopK SAE of the last block but one."""
+    import sae_lens
+
+    config = sae_lens.TopKSAEConfig(d_in=backbone.hidden_size, d_sae=8 * backbone.hidden_size, k=32)
+    config.metadata.hook_name = hook_of(backbone.depth - 1)
+    sae_lens.TopKSAE(config).save_model(folder)
+    return Sae(model=backbone.path, sae=folder, layer=backbone.depth - 1, max_fvu=None)
 
 
 def timed(work) -> float:

@@ -16,7 +16,8 @@ class Progress:
     On a terminal or in a notebook it is a bar; elsewhere a log line at most every `every` seconds.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 30.0, show: bool = True):
+    def __init__(self, label: str, total: int, done: int = 0, every: float = 30.0, show: bool = True,
+                 unit: str = "char"):  # fmt: skip
         self.label, self.total, self.done, self.every, self.show = label, max(total, 1), done, every, show
         self.fresh, self.rows, self.start = 0, 0, time.monotonic()
         self.last = self.start
@@ -24,10 +25,10 @@ class Progress:
         if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=self.total, initial=done, desc=label, unit="char", unit_scale=True, leave=False)
+            self.bar = tqdm(total=self.total, initial=done, desc=label, unit=unit, unit_scale=True, leave=False)
 
     def step(self, work: int, rows: int) -> None:
-        """Add finished work (characters) and rows."""
+        """Add finished work (in the unit) and rows."""
         self.done, self.fresh, self.rows = self.done + work, self.fresh + work, self.rows + rows
         if self.bar is not None:
             self.bar.update(work)

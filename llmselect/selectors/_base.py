@@ -49,6 +49,8 @@ class Selector:
     nested: ClassVar[bool] = True  # prefixes of a selection are the selections of smaller budgets
     stochastic: ClassVar[bool] = False  # the seed matters
     x_ndim: ClassVar[tuple[int, ...]] = (2,)
+    x_sign: ClassVar[str] = "any"  # or "nonnegative"
+    sparse: ClassVar[bool] = False  # whether x may be sparse
 
     def select(self, budget: Any, *, seed: int = 0, ids: Any = None, n: int | None = None, **inputs: Any) -> Selection:
         """Select rows within `budget`.
@@ -128,8 +130,11 @@ class Selector:
             if not hasattr(value, "shape"):
                 kept[name] = np.asarray(value)
             elif name != "x":  # only the features may be too large to hold
-                kept[name] = np.asarray(value[:])
+                held = value[:]
+                kept[name] = held.toarray() if hasattr(held, "toarray") else np.asarray(held)
         x, target = kept.get("x"), kept.get("target")
+        if (hasattr(x, "width") or hasattr(x, "indptr")) and not self.sparse:
+            raise UsageError(f"'{self.name}' reads dense features and x is sparse; 'mona' reads sparse ones")
         if x is not None and len(x.shape) not in self.x_ndim:
             raise UsageError(
                 f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes"
