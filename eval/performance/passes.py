@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True)
     parser.add_argument("--rows", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--depth", type=int, help="random weights with this many blocks instead of the model's own")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -43,6 +44,7 @@ def main() -> None:
     a = arguments()
     pool = load_pool(a.pool, limit=a.rows)
     target = load_pool(a.target, group="target", limit=10)
+    a.model = deeper(a.model, a.depth) if a.depth else a.model
     backbone = Backbone(a.model, max_length=512)
     folder = tempfile.mkdtemp()
     features = {"trim": Trim(model=a.model), "rds+": Embedding(model=a.model), "sae": random_sae(backbone, folder),
@@ -78,13 +80,25 @@ def main() -> None:
             ratios[name].append(took / floor)
     tokens = sum(len(row.ids) for row in encoded)
     found = {"rows": len(encoded), "tokens": tokens, "threads": torch.get_num_threads(), "device": str(backbone.device),
-             "batch_tokens": a.batch_tokens, "repeats": a.repeats,
+             "batch_tokens": a.batch_tokens, "repeats": a.repeats, "blocks": backbone.depth,
              "padding": round(sum(len(b) * len(encoded[b[0]].ids) for b in batches) / tokens - 1, 4),
              "ratio_to_plain_forward": {name: {"median": round(statistics.median(r), 3), "min": round(min(r), 3),
                                                "max": round(max(r), 3)} for name, r in ratios.items()}}  # fmt: skip
     print(json.dumps(found, indent=2))
     if a.out:
         a.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def deeper(model: str, depth: int) -> str:
+    """A model of the same widths and tokenizer with `depth` blocks of random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tempfile.mkdtemp()
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers, config.layer_types = depth, None
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
 
 
 def random_sae(backbone: Backbone, folder: str) -> Sae:
