@@ -142,8 +142,11 @@ class Stored:
 
     @cached_property
     def non_finite(self) -> np.ndarray:
-        """Rows that were stored with a NaN or an infinity: selectors leave them out."""
-        return self.feature.non_finite(self.name)
+        """Rows that were stored with a NaN or an infinity in this feature: selectors leave them out.
+
+        In any of its arrays: integers hold no NaN, but the norm beside them does.
+        """
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *self.feature.non_finite.values()]))
 
     def __getitem__(self, rows: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define __getitem__")

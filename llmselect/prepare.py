@@ -107,8 +107,8 @@ def set_aside(run: Run, features: list[str]) -> None:
     found = []
     for name in features:
         feature = run.store.open(name)
-        for key in feature.spec["arrays"]:
-            found += [(int(row), f"{name}.{key}", feature.ids[int(row)]) for row in feature.non_finite(key)]
+        for key, rows in feature.non_finite.items():
+            found += [(int(row), f"{name}.{key}", feature.ids[int(row)]) for row in rows]
     entries = [{"kind": "non_finite", "reason": "non_finite", "detail": f"{where} holds NaN or infinity",
                 "origin": f"usable row {row}", "id": row_id} for row, where, row_id in sorted(found)]  # fmt: skip
     _replace_lines(run.folder / "quarantine.jsonl", "non_finite", entries)

@@ -100,6 +100,8 @@ class Recipe:
         made: Any = config.from_dict(cls, {**shared, **options}, where)
         if self.trains_sae(made):
             made = replace(made, sae=str(self.folder / "sae"))
+        if getattr(made, "checkpoints", None) == "warmup" and warmup:
+            made = replace(made, checkpoints=warmup)
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
 
     def trains_sae(self, extractor: Extractor) -> bool:
@@ -139,8 +141,11 @@ class Recipe:
         self._check_files()
         for name in self.features:
             made = self.extractor(name)
-            if made.adapter == "warmup" and self.warmup is None:
-                raise UsageError(f"features.{name}.adapter: 'warmup' needs a warmup: section")
+            for key in ("adapter", "checkpoints"):
+                if getattr(made, key, None) == "warmup" and self.warmup is None:
+                    raise UsageError(f"features.{name}.{key}: 'warmup' needs a warmup: section")
+            if getattr(made, "checkpoints", None) == "warmup" and self.warmup and not self.warmup.train.checkpoints:
+                raise UsageError("warmup.train.checkpoints: features with checkpoints: warmup need at least 1")
             if getattr(made, "sae", None) == "trained":
                 raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:

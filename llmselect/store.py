@@ -86,10 +86,15 @@ class Feature:
         about = {"sha256": hashlib.sha256(data).hexdigest(), **({"non_finite": bad} if bad else {})}
         atomic.write_json(self.path(shard).with_suffix(".json"), about)
 
-    def non_finite(self, array: str) -> np.ndarray:
-        """The rows whose `array` holds a NaN or an infinity, ascending, as marked when they were stored."""
-        marked = (json.loads(self.path(s).with_suffix(".json").read_text()).get("non_finite", {}) for s in range(self.shards))
-        return np.array([row for one in marked for row in one.get(array, [])], np.int64)
+    @cached_property
+    def non_finite(self) -> dict[str, np.ndarray]:
+        """Per array the rows that hold a NaN or an infinity, ascending, as marked when they were stored."""
+        found: dict[str, list[int]] = {}
+        for shard in range(self.shards):
+            marked = json.loads(self.path(shard).with_suffix(".json").read_text()).get("non_finite", {})
+            for name, rows in marked.items():
+                found.setdefault(name, []).extend(rows)
+        return {name: np.array(rows, np.int64) for name, rows in found.items()}
 
     def verify(self, shard: int) -> None:
         """Compare one shard with its checksum; the error names the file and how to recompute it."""

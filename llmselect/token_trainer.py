@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmselect.errors import LlmselectError, require
 from llmselect.token_batches import MicroBatches
@@ -32,6 +33,32 @@ def token_trainer(backbone: Any, batches: MicroBatches, settings: Any, lora: Any
     trainer.remove_callback(PrinterCallback)
     trainer.batches, trainer.micro_tokens, trainer.losses = batches, micro_tokens, []
     return trainer
+
+
+def keep_checkpoints(trainer: Any, folder: Path, count: int) -> None:
+    """Write the adapter and the optimizer's state `count` times, at equal parts of the training, under their step."""
+    from transformers import TrainerCallback
+
+    from llmselect.engine import moments
+
+    steps = len(trainer.batches.plan.steps)
+    wanted = {round(steps * (i + 1) / count) for i in range(count)} - {0}
+
+    class Checkpoints(TrainerCallback):
+        rates: ClassVar[list[float]] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rates.append(float(kwargs["optimizer"].param_groups[0]["lr"]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in wanted:
+                if trainer.accelerator.is_main_process:
+                    model = trainer.accelerator.unwrap_model(kwargs["model"])
+                    mean = sum(self.rates) / len(self.rates)
+                    moments.save(folder / f"{state.global_step:05d}", model, kwargs["optimizer"], state.global_step, mean)
+                self.rates.clear()
+
+    trainer.add_callback(Checkpoints())
 
 
 class _Planned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 SFT = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
        "gradient_checkpointing": False, "logging_steps": 10, "report_to": "none"}  # fmt: skip
 _RESPONSES, _COMPLETE = "nothing: responses are always what is learned", "nothing: an adapter is saved once, complete"
+CHECKPOINTS = "checkpoints"
 _TEST = "targets.<name>.test"
 OWNED = {
     "output_dir": "out", "max_steps": "train.tokens", "num_train_epochs": "train.tokens", "seed": "seeds",
@@ -59,6 +61,7 @@ class Train:
     packing: bool | None = field(
         default=None, metadata={"help": "several rows in one sequence, kept apart; null: on a GPU, where it is faster"}
     )
+    checkpoints: int = field(default=0, metadata={"help": "keep adapter and optimizer state at this many equal parts (LESS)"})
     sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "TRL SFTConfig settings by their own names"})
     lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "PEFT LoraConfig settings by their own names"})
 
@@ -66,6 +69,8 @@ class Train:
         for name in ("tokens", "batch_tokens", "micro_tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.checkpoints < 0:
+            raise UsageError(f"checkpoints: {self.checkpoints} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     out, provenance = Path(out), dict(provenance or {})
     validate(train)
     from llmselect.engine.backbone import Backbone
-    from llmselect.token_trainer import run
+    from llmselect.token_trainer import keep_checkpoints, run
 
     backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
     key = {"model": model, "weights": _weights(backbone), "tokens": backbone.encoder.fingerprint,
@@ -168,12 +173,14 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, block=64)
     with TemporaryDirectory(prefix="llmselect-train-") as scratch:
         trainer = _trainer(backbone, plan, train, seed, scratch)
+        if train.checkpoints:
+            keep_checkpoints(trainer, Path(scratch) / CHECKPOINTS, train.checkpoints)
         start = time.monotonic()
         loss = run(trainer, rows)
         seconds = time.monotonic() - start
-    result = TrainResult(str(out), len(plan.steps), plan.tokens, round(plan.epochs, 4), loss, seconds)
-    if trainer.accelerator.is_main_process:
-        _save(trainer, out, key, result, {**provenance, "rows": len(rows)})
+        result = TrainResult(str(out), len(plan.steps), plan.tokens, round(plan.epochs, 4), loss, seconds)
+        if trainer.accelerator.is_main_process:
+            _save(trainer, out, key, result, {**provenance, "rows": len(rows)}, Path(scratch))
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -247,7 +254,8 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, scratch: st
         raise UsageError(f"train: {str(error).strip().splitlines()[0]}") from error
 
 
-def _save(trainer: Any, out: Path, key: dict[str, Any], result: TrainResult, provenance: dict[str, Any]) -> None:
+def _save(trainer: Any, out: Path, key: dict[str, Any], result: TrainResult, provenance: dict[str, Any],
+          scratch: Path) -> None:  # fmt: skip
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
@@ -257,7 +265,9 @@ def _save(trainer: Any, out: Path, key: dict[str, Any], result: TrainResult, pro
         settings = {"LoRA": LORA | key["train"]["lora"], "SFT": SFT | key["train"]["sft"]}
         card = adapter_card.card(key, settings, asdict(result), provenance, versions)
         (beside / "README.md").write_text(card, "utf-8")
-        digests = {f.name: atomic.sha256_file(f) for f in sorted(beside.iterdir())}
+        if (scratch / CHECKPOINTS).exists():
+            shutil.copytree(scratch / CHECKPOINTS, beside / CHECKPOINTS)
+        digests = {str(f.relative_to(beside)): atomic.sha256_file(f) for f in sorted(beside.rglob("*")) if f.is_file()}
         told = {**asdict(result), "adapter": out.name}
         about = {"key": key, "result": told, "provenance": provenance, "versions": versions, "sha256": digests}
         atomic.write_json(beside / "train.json", about)

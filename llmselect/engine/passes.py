@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Pass:
     groups: Sequence[str] = ()
     batch_tokens: int = 8192
     padding_side: str = "right"
+    side: str = "pool"
     back_off: BackOff = field(default_factory=BackOff)
 
     def layers(self, view: str) -> tuple[int, ...]:
@@ -87,7 +88,7 @@ class Pass:
 
             def step(rows: np.ndarray, encoded=encoded, view=view, active=active) -> dict[str, dict]:
                 batch = collate(self.backbone, [encoded[i] for i in rows], self.layers(view), view, self.padding_side)
-                return self._rows(batch, active)
+                return self._rows(replace(batch, side=self.side), active)
 
             filled = np.array([i for i, row in enumerate(encoded) if len(row.ids)], np.int64)
             for batch in plan([len(encoded[i].ids) for i in filled], self.batch_tokens):
@@ -99,9 +100,11 @@ class Pass:
             self.extractors[name].derive(out[name])
         return {name: {k: v.csr() if isinstance(v, SparseRows) else v for k, v in one.items()} for name, one in out.items()}
 
-    @torch.inference_mode()
     def _rows(self, batch: Batch, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        found = {name: self.extractors[name].rows(batch, self.states.get(name, {})) for name in names}
+        # What is made in inference mode can take no part in a backward pass.
+        backward = any(self.extractors[name].alone for name in names)
+        with torch.no_grad() if backward else torch.inference_mode():
+            found = {name: self.extractors[name].rows(batch, self.states.get(name, {})) for name in names}
         return {name: {k: v.float().cpu().numpy() if v.dtype == torch.bfloat16 else v.cpu().numpy()
                        for k, v in arrays.items()} for name, arrays in found.items()}  # fmt: skip
 

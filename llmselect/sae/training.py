@@ -74,8 +74,8 @@ class SaeReport:
 def train_sae(pool: Dataset, backbone: Backbone, out: Path, settings: SaeTraining) -> SaeReport:
     """Train an SAE on the states of `pool`'s prompt and response tokens and save it to `out` in sae-lens's format.
 
-    The same seed gives the same weights, whether or not the training was interrupted. An SAE already there that was
-    made from the same rows, weights and settings is kept.
+    The same seed gives the same weights (to a GEMM's last bits), whether or not the training was interrupted. An SAE
+    already there that was made from the same rows, weights and settings is kept.
 
     Errors: `MissingExtra` without sae-lens; `LlmselectError` when `out` holds something else or the loss diverges.
     """

@@ -1,0 +1,137 @@
+"""Gradient features: the direction in which a row would move the model, sketched.
+
+Paper: LESS, Xia et al., arXiv 2402.04333, sections 2 to 4 (mode `lora` on warm-up checkpoints); norms: GraNd, Paul et
+    al., arXiv 2107.07075.
+Objective: per checkpoint i the gradient of the row's mean response loss, for pool rows as the direction Γ of Adam's next
+    step (`preconditioner: adam`), for target rows plain; a feature row is the concatenation of √η̄_i · unit(sketch), η̄
+    the checkpoints' mean learning rates scaled to sum 1, so that one cosine is Σ_i η̄_i cos(Γ_i(z), ∇_i(z')).
+Inputs: a causal LM; for LESS a warm-up whose checkpoints were kept (`checkpoints: warmup`). Rows without response tokens
+    have no gradient and are set aside.
+Cost: one forward and one backward to activations per checkpoint, no weight gradients, the LM head on responses only;
+    `dim` bytes a row and checkpoint in int8.
+Deviations: Adam's own formula, with bias correction and ε outside the root; `reference: true` is the published code's.
+    The sketch is one-sided (mode `base`) plus a fold instead of a dense Rademacher matrix. Without a checkpoint, mode
+    `lora` takes a new adapter, whose A has no gradient yet.
+Defaults: mode `base`, k = 64, dim 8192, int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from llmselect.engine.extractor import Arrays, Extractor, State
+from llmselect.errors import UsageError
+from llmselect.registry import extractors
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmselect.engine.backbone import Backbone
+    from llmselect.engine.batch import Batch
+    from llmselect.engine.moments import Checkpoint
+    from llmselect.engine.projection import Projection
+
+_READY: WeakKeyDictionary[Any, list[tuple[Checkpoint | None, Projection]]] = WeakKeyDictionary()
+
+
+@extractors.register("gradient")
+@dataclass(frozen=True, kw_only=True)
+class Gradient(Extractor):
+    """Arrays `value [n, checkpoints · dim]` (int8: scaled per row, cosines are unchanged) and `norm [n, checkpoints]`
+    float32, the length of each sketched gradient; `loss [n]` float32 at the last checkpoint."""
+
+    alone = True
+
+    mode: Literal["base", "lora"] = field(default="base", metadata={"help": "gradients of the weights, or of a LoRA adapter"})
+    checkpoints: str | None = field(default=None, metadata={"help": "folder of LoRA checkpoints; `warmup`: the recipe's"})
+    preconditioner: Literal["none", "adam"] = field(default="none", metadata={"help": "adam: pool rows as Adam's next step"})
+    reference: bool = field(default=False, metadata={"help": "Adam as the published code of LESS has it"})
+    layers_like: str = field(default=".", metadata={"help": "regular expression on the names of linear layers"})
+    last_blocks: int | None = field(default=None, metadata={"help": "only the last n decoder blocks"})
+    k: int | None = field(default=64, metadata={"help": "rows that the larger side of a weight is projected to; null: exact"})
+    dim: int | None = field(default=8192, metadata={"help": "numbers per row and checkpoint; null: no sketch (tiny models)"})
+    rank: int = field(default=8, metadata={"help": "of the new adapter when there is no checkpoint"})
+    store: Literal["int8", "float16", "float32"] = "int8"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preconditioner == "adam" and not (self.mode == "lora" and self.checkpoints):
+            raise UsageError("preconditioner: adam needs mode: lora and checkpoints: with their optimizer state")
+        if self.checkpoints and self.mode != "lora":
+            raise UsageError("checkpoints: are LoRA adapters; give mode: lora")
+        for name in ("last_blocks", "k", "dim", "rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name}: {getattr(self, name)} must be at least 1")
+
+    def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        told = super().settings()
+        if not self.checkpoints:
+            return told
+        from llmselect.engine.backbone import weights_digest
+        from llmselect.engine.moments import folders
+
+        return {**told, "checkpoints": [weights_digest(str(folder)) for folder in folders(self.checkpoints)]}
+
+    def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:
+        ready = self._ready(backbone)
+        width = sum(projection.width for _, projection in ready)
+        return {"value": (self.store, (width,)), "norm": ("float32", (len(ready),)), "loss": ("float32", ())}
+
+    def _ready(self, backbone: Backbone) -> list[tuple[Checkpoint | None, Projection]]:
+        """The checkpoints, loaded, each with its projection; once per pass."""
+        if backbone not in _READY:
+            from llmselect.engine import gradients, moments
+            from llmselect.engine.projection import Projection
+
+            if self.mode == "base":
+                found: list[Checkpoint | None] = [None]
+            elif self.checkpoints:
+                found = [*moments.load(backbone, self.checkpoints, self.preconditioner == "adam", self.reference)]
+            else:
+                found = [*moments.fresh(backbone, self.rank, self.seed, self.layers_like)]
+            ready = []
+            for one in found:
+                pattern = self.layers_like if one is None else rf"(?:{self.layers_like}).*lora_[AB]\.{one.adapter}$"
+                layers = gradients.choose(backbone, pattern, self.last_blocks)
+                k = self.k if one is None else None  # a LoRA matrix is small: its gradient stays exact, as Adam needs
+                shape: dict[str, Any] = {"k": k, "dim": self.dim, "seed": self.seed, "device": backbone.device}
+                ready.append((one, Projection(layers, **shape)))
+            _READY[backbone] = ready
+        return _READY[backbone]
+
+    def rows(self, batch: Batch, state: State) -> dict[str, torch.Tensor]:
+        import torch
+
+        from llmselect.engine import gradients, moments
+
+        parts, norms, loss = [], [], torch.zeros(0)
+        ready = self._ready(batch.backbone)
+        rates = torch.tensor([1.0 if one is None else one.learning_rate for one, _ in ready], dtype=torch.float64)
+        for (one, projection), share in zip(ready, (rates / rates.sum()).sqrt().tolist(), strict=True):
+            if one is not None:
+                moments.activate(batch.backbone, one)
+            step = one.moments if one is not None and batch.side == "pool" else None
+            projection.start(len(batch.ids), step)
+            loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink)
+            norm = projection.out.norm(dim=1, keepdim=True)
+            parts.append(share * projection.out / norm.clamp_min(1e-30))
+            norms.append(norm.masked_fill(loss.isnan()[:, None], float("nan")))
+        value = torch.cat(parts, 1)
+        return {"value": _stored(value, self.store), "norm": torch.cat(norms, 1), "loss": loss}
+
+
+def _stored(value: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Rows in their stored type; int8 uses the whole range of each row, which no cosine notices."""
+    import torch
+
+    if dtype != "int8":
+        return value.to(getattr(torch, dtype))
+    scale = value.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    return (value * (127 / scale)).round().to(torch.int8)
