@@ -46,8 +46,7 @@ def main() -> None:
     target = load_pool(a.target, group="target", limit=10)
     a.model = deeper(a.model, a.depth) if a.depth else a.model
     backbone = Backbone(a.model, max_length=512)
-    folder = tempfile.mkdtemp()
-    features = {"trim": Trim(model=a.model), "rds+": Embedding(model=a.model), "sae": random_sae(backbone, folder),
+    features = {"trim": Trim(model=a.model), "rds+": Embedding(model=a.model), "sae": random_sae(backbone),
                 "loss": Loss(model=a.model, without_prompt=False)}  # fmt: skip
     run = Pass(backbone, features, {}, {}, ["target"], a.batch_tokens)
     fit(run, target)
@@ -108,12 +107,12 @@ def deeper(model: str, depth: int) -> str:
     return folder
 
 
-def random_sae(backbone: Backbone, folder: str) -> Sae:
+def random_sae(backbone: Backbone) -> Sae:
     """A TopK SAE of the last block but one."""
     import sae_lens
 
     config = sae_lens.TopKSAEConfig(d_in=backbone.hidden_size, d_sae=8 * backbone.hidden_size, k=32)
-    config.metadata.hook_name = hook_of(backbone.depth - 1)
+    config.metadata.hook_name, folder = hook_of(backbone.depth - 1), tempfile.mkdtemp()
     sae_lens.TopKSAE(config).save_model(folder)
     return Sae(model=backbone.path, sae=folder, layer=backbone.depth - 1, max_fvu=None)
 
