@@ -27,6 +27,9 @@ from llmselect.pool import load_pool
 from llmselect.sae.load import hook_of
 
 
+TOGETHER = "trim + rds+ + sae + loss"
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -68,9 +71,8 @@ def main() -> None:
             wanted = {at for name in names for at in features[name].layers(run.states.get(name, {}))}
             run._rows(collate(backbone, [encoded[i] for i in rows], tuple(sorted(wanted))), names)
 
-    together = "trim + rds+ + sae + loss"
-    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"], together: list(features)}
-    floors = {"sae": lambda: plain((layer,)), together: lambda: plain(head=True)}
+    arms = {name: [name] for name in features} | {"trim + rds+": ["trim", "rds+"], TOGETHER: list(features)}
+    floors = {"sae": lambda: plain((layer,)), TOGETHER: lambda: plain(head=True)}
     plain()
     work = {name: (floors.get(name, plain), lambda names=names: with_feature(names)) for name, names in arms.items()}
     ratios = paired(work, a.repeats)
