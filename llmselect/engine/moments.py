@@ -148,7 +148,8 @@ def _moments(backbone: Backbone, folder: Path, adapter: str, about: Mapping[str,
     from safetensors.torch import load_file
 
     if (folder / OPTIMIZER).exists():
-        stored = load_file(folder / OPTIMIZER, device=str(backbone.device))
+        # Read on the CPU: among several processes a device is called cpu:0, which safetensors does not know.
+        stored = {name: value.to(backbone.device) for name, value in load_file(folder / OPTIMIZER).items()}
         first = {k.removesuffix(".exp_avg"): v for k, v in stored.items() if k.endswith(".exp_avg")}
         second = {k.removesuffix(".exp_avg_sq"): v for k, v in stored.items() if k.endswith(".exp_avg_sq")}
         return Moments(first, second, int(about["step"]), tuple(about["betas"]), float(about["epsilon"]), reference)
