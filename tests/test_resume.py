@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny
@@ -27,14 +28,15 @@ def write(path: Path, chats) -> str:
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe of three features over 600 rows in shards of 20."""
+    """A recipe of four features over 600 rows in shards of 20."""
     model = tiny.save(tmp_path / "model")
     plan = {
         "name": "resume",
         "model": {"path": str(model), "max_length": 96},
         "pool": {"path": write(tmp_path / "pool.jsonl.gz", tiny.chats(600))},
         "targets": {"t": {"dev": write(tmp_path / "dev.jsonl.gz", tiny.chats(6, 50))}},
-        "features": {"rds": {"extractor": "embedding"}, "trim": {"extractor": "trim"}, "loss": {"extractor": "loss"}},
+        "features": {"rds": {"extractor": "embedding"}, "trim": {"extractor": "trim"}, "loss": {"extractor": "loss"},
+                     "grad": {"extractor": "gradient", "k": 8, "dim": 64}},
         "methods": {"random": {"selector": "random"}},
         "shard_rows": 20,
         "batch_tokens": 600,
@@ -78,6 +80,24 @@ def test_three_kills_and_other_process_counts_give_the_same_bytes(recipe):
     assert 0 < done[0] < done[1] < done[2] < total
     subprocess.run(command(recipe, hurt, 2), env=ENV, check=True, capture_output=True)
     assert contents(hurt) == contents(calm)
+
+
+def test_two_processes_train_warm_up_and_read_checkpoints_and_saes(recipe):
+    plan = json.loads((recipe / "recipe.yaml").read_text())
+    train = {"tokens": 120, "batch_tokens": 40, "checkpoints": 2, "lora": {"r": 2, "target_modules": ["q_proj"]}}
+    plan |= {"warmup": {"budget": 9, "train": train}, "sae": {"tokens": 2000, "k": 4, "batch_tokens": 100, "buffer_tokens": 500},
+             "features": {"sae": {"extractor": "sae", "max_fvu": None},
+                          "less": {"extractor": "gradient", "mode": "lora", "checkpoints": "warmup", "preconditioner": "adam",
+                                   "dim": 128, "store": "float32"}}}  # fmt: skip
+    plan["pool"]["limit"] = 260
+    (recipe / "recipe.yaml").write_text(json.dumps(plan))
+    for processes in (1, 2):
+        subprocess.run(command(recipe, recipe / f"run{processes}", processes), env=ENV, check=True, capture_output=True)
+    one, two = (FeatureStore(recipe / f"run{processes}" / "features") for processes in (1, 2))
+    assert one["less"].shape[1] == 256
+    # Gradients of two processes are averaged in another order of summation: nearly the same adapter, not the same bits.
+    assert np.abs(one["less"][:] - two["less"][:]).max() < 1e-3
+    assert abs(one["sae"][:] - two["sae"][:]).max() < 0.02 * one["sae"][:].max()
 
 
 def test_a_damaged_shard_is_found_named_and_computed_again(recipe):

@@ -26,7 +26,6 @@ from llmselect.extractors import Embedding, Loss, Sae, Trim
 from llmselect.pool import load_pool
 from llmselect.sae.load import hook_of
 
-
 TOGETHER = "trim + rds+ + sae + loss"
 
 

@@ -53,7 +53,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
         run = Pass(backbone, members, {}, {}, _groups(target), batch_tokens or default_batch_tokens())
         for data, suffix in ((target, "@target"), (pool, "")):
             if data is not None:
-                _pass(run, data, target, store, suffix, shard_rows, process)
+                _pass(run, data, target, store, suffix, shard_rows, process, pool)
     return store
 
 
@@ -81,9 +81,12 @@ def content_digest(data: Dataset) -> str:
 
 
 def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore, suffix: str, shard_rows: int,
-          process: Any) -> None:  # fmt: skip
+          process: Any, pool: Dataset) -> None:  # fmt: skip
     """Create (rank 0) or open the features of one side, fit if needed, fill the missing shards."""
     specs = {name: _spec(run, e, data, target, shard_rows) for name, e in run.extractors.items()}
+    for name, extractor in run.extractors.items():
+        if extractor.sample_rows:
+            specs[name]["sample"] = content_digest(pool)
     if process.is_main_process:
         for name, spec in specs.items():
             store.create(name + suffix, spec, data["id"])
@@ -95,7 +98,7 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
         torch.set_num_threads(min(feature.spec["threads"] for feature in run.features.values()))
     incomplete = [name for name in specs if run.features[name].missing()]
     if any(run.extractors[name].fits and name not in run.states for name in incomplete):
-        _fit(run, store, target, process)
+        _fit(run, store, target, process, pool)
     label = "target rows" if suffix else f"{', '.join(run.extractors)}: pool rows"
     run.run(data, label, process.process_index, process.num_processes, process.wait_for_everyone)
     process.wait_for_everyone()
@@ -123,7 +126,7 @@ def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None
     return spec
 
 
-def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any) -> None:
+def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any, pool: Dataset) -> None:
     """Fit on rank 0 and hand the state to all through the store, so that a resumed run reads the same numbers."""
     from safetensors.torch import load_file, save
 
@@ -131,7 +134,7 @@ def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any) -
     files = {name: store.path / f"{name}@target" / "fit.safetensors" for name in fitting}
     if process.is_main_process and not all(file.exists() for file in files.values()):
         assert target is not None
-        fit(run, target)
+        fit(run, target, pool)
         for name, file in files.items():
             atomic.write_bytes(file, save({k: v.cpu().contiguous() for k, v in run.states[name].items()}))
     process.wait_for_everyone()

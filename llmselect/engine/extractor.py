@@ -37,6 +37,11 @@ class Extractor:
     )
     max_length: int | None = field(default=None, metadata={"help": "tokens a row may have; None: the model's, at most 2048"})
 
+    @property
+    def sample_rows(self) -> int:
+        """How many pool rows `fit` wants to see besides the target's; it then takes them as `sample=`."""
+        return 0
+
     def views(self) -> tuple[str, ...]:
         """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts)."""
         return ("row",)

@@ -107,10 +107,11 @@ def _graph_from(block: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink,
-                  ) -> torch.Tensor:  # fmt: skip
+                  sample: torch.Generator | None = None) -> torch.Tensor:  # fmt: skip
     """One forward and one backward of the sum over rows of the row's mean response loss; layers report to `sink`.
 
-    Returns the mean response loss of each row `[B]`; NaN for a row without response tokens, whose gradient is 0.
+    With `sample` the labels are drawn from the model's own predictions. Returns the mean response loss of each row `[B]`;
+    NaN for a row without response tokens, whose gradient is 0.
     """
     check_head(backbone)
     lowest = next(block for block in backbone.blocks if any(m in set(layers.values()) for m in block.modules()))
@@ -122,20 +123,23 @@ def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.L
         if not len(row):
             return torch.full((len(batch.ids),), float("nan"))
         picked = states[row, column]
-        losses, gradient = _head(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row])
+        losses, gradient = _head(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
         torch.autograd.grad(picked, start, gradient)
     total = torch.zeros(len(count), dtype=torch.float64, device=losses.device).index_add_(0, row, losses.double())
     return (total / count).float()
 
 
 def _head(backbone: Backbone, states: torch.Tensor, labels: torch.Tensor,
-          weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+          weight: torch.Tensor, sample: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses `[N]` and the gradient `[N, d]` of their weighted sum at the final states, logits a chunk at a time."""
     losses, gradients = [], []
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)
     for part, label, w in zip(states.split(size), labels.split(size), weight.split(size), strict=True):
         leaf = part.requires_grad_()
-        loss = torch.nn.functional.cross_entropy(logits(backbone, leaf), label, reduction="none")
+        scores = logits(backbone, leaf)
+        if sample is not None:
+            label = torch.multinomial(scores.detach().softmax(-1), 1, generator=sample)[:, 0]
+        loss = torch.nn.functional.cross_entropy(scores, label, reduction="none")
         gradients.append(torch.autograd.grad((loss * w).sum(), leaf)[0])
         losses.append(loss.detach())
     return torch.cat(losses), torch.cat(gradients)

@@ -164,8 +164,9 @@ def report_non_finite(name: str, arrays: Mapping[str, Any], ids: Sequence[str]) 
             log.warning("%s.%s: %d rows have no finite value and cannot be ranked: %s", name, key, len(bad), shown)
 
 
-def fit(run: Pass, target: Dataset) -> None:
-    """Fit the extractors that learn from the target rows; the states join `run.states`."""
+def fit(run: Pass, target: Dataset, pool: Dataset | None = None) -> None:
+    """Fit the extractors that learn from the target rows, some from a seeded sample of the pool too; the states join
+    `run.states`."""
     wanting = {name: e for name, e in run.extractors.items() if e.fits}
     if not wanting:
         return
@@ -179,4 +180,11 @@ def fit(run: Pass, target: Dataset) -> None:
         if not batches[name]:
             raise LlmselectError(f"target group '{name}' has no rows")
     for name, extractor in wanting.items():
-        run.states = {**run.states, name: extractor.fit(run.backbone, batches)}
+        more = {"sample": _sample(run, pool, extractor.sample_rows)} if extractor.sample_rows and pool is not None else {}
+        run.states = {**run.states, name: extractor.fit(run.backbone, batches, **more)}
+
+
+def _sample(run: Pass, pool: Dataset, count: int) -> list[Batch]:
+    rows = np.random.default_rng(0).permutation(len(pool))[:count]
+    encoded = [row for row in run.encode(pool[np.sort(rows)]["messages"], "row") if len(row.ids)]
+    return [collate(run.backbone, [encoded[i] for i in batch]) for batch in plan([len(r.ids) for r in encoded], run.batch_tokens)]

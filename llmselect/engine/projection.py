@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmselect.engine.ekfac import inverse_product
 from llmselect.engine.gradients import names_of, outer
 from llmselect.kernels.sketch import Fold, rademacher
 
 if TYPE_CHECKING:
     from llmselect.engine.moments import Moments
+
+
+Curvature = tuple[Mapping[str, torch.Tensor], float]  # EK-FAC factors, and the damping
 
 
 class Projection:
@@ -43,21 +47,33 @@ class Projection:
         self.width = dim or at
         self.out = torch.zeros(0, self.width)
         self.moments: Moments | None = None
+        self.curvature: Curvature | None = None
 
-    def start(self, rows: int, moments: Moments | None = None) -> None:
-        """Begin a batch; with `moments`, gradients become the optimizer's next steps."""
-        self.out, self.moments = torch.zeros(rows, self.width, device=self.device), moments
+    def start(self, rows: int, moments: Moments | None = None, curvature: Curvature | None = None) -> None:
+        """Begin a batch; with `moments`, gradients become the optimizer's next steps; with `curvature` they are
+        multiplied by the inverse Fisher, before anything is projected."""
+        self.out = torch.zeros(rows, self.width, device=self.device)
+        self.moments, self.curvature = moments, curvature
 
     def reduce(self, name: str, activation: torch.Tensor) -> torch.Tensor:
         """The input of a layer, projected where the input is its larger side."""
+        return activation if self.curvature else self._input(name, activation)
+
+    def _input(self, name: str, columns: torch.Tensor) -> torch.Tensor:
         matrix = self.right.get(name)
-        return activation if matrix is None else activation.to(matrix.dtype) @ matrix.T
+        return columns if matrix is None else columns.to(matrix.dtype) @ matrix.T
+
+    def _output(self, name: str, columns: torch.Tensor) -> torch.Tensor:
+        matrix = self.left.get(name)
+        return columns if matrix is None else columns.to(matrix.dtype) @ matrix.T
 
     def sink(self, name: str, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a layer's rows to the batch."""
-        if (matrix := self.left.get(name)) is not None:
-            gradient = gradient.to(matrix.dtype) @ matrix.T
-        rows = outer(gradient, activation)
+        if self.curvature is not None:
+            whole = inverse_product(self.curvature[0], name, outer(gradient, activation), self.curvature[1])
+            rows = self._output(name, self._input(name, whole).transpose(1, 2)).transpose(1, 2)
+        else:
+            rows = outer(self._output(name, gradient), activation)
         if self.moments is not None:
             rows = self.moments.step(self.known[name], rows)
         rows = rows.flatten(1)

@@ -5,6 +5,7 @@ Paper: LESS, Xia et al., arXiv 2402.04333, sections 2 to 4 (mode `lora` on warm-
 Objective: per checkpoint i the gradient of the row's mean response loss, for pool rows as the direction Γ of Adam's next
     step (`preconditioner: adam`), for target rows plain; a feature row is the concatenation of √η̄_i · unit(sketch), η̄
     the checkpoints' mean learning rates scaled to sum 1, so that one cosine is Σ_i η̄_i cos(Γ_i(z), ∇_i(z')).
+    `preconditioner: ekfac` instead multiplies target gradients by the inverse EK-FAC Fisher of pool rows.
 Inputs: a causal LM; for LESS a warm-up whose checkpoints were kept (`checkpoints: warmup`). Rows without response tokens
     have no gradient and are set aside.
 Cost: one forward and one backward to activations per checkpoint, no weight gradients, the LM head on responses only;
@@ -17,7 +18,7 @@ Defaults: mode `base`, k = 64, dim 8192, int8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,13 +49,17 @@ class Gradient(Extractor):
 
     mode: Literal["base", "lora"] = field(default="base", metadata={"help": "gradients of the weights, or of a LoRA adapter"})
     checkpoints: str | None = field(default=None, metadata={"help": "folder of LoRA checkpoints; `warmup`: the recipe's"})
-    preconditioner: Literal["none", "adam"] = field(default="none", metadata={"help": "adam: pool rows as Adam's next step"})
+    preconditioner: Literal["none", "adam", "ekfac"] = field(
+        default="none", metadata={"help": "adam: pool rows as Adam's next step; ekfac: target rows times the inverse Fisher"}
+    )
     reference: bool = field(default=False, metadata={"help": "Adam as the published code of LESS has it"})
     layers_like: str = field(default=".", metadata={"help": "regular expression on the names of linear layers"})
     last_blocks: int | None = field(default=None, metadata={"help": "only the last n decoder blocks"})
     k: int | None = field(default=64, metadata={"help": "rows that the larger side of a weight is projected to; null: exact"})
     dim: int | None = field(default=8192, metadata={"help": "numbers per row and checkpoint; null: no sketch (tiny models)"})
     rank: int = field(default=8, metadata={"help": "of the new adapter when there is no checkpoint"})
+    fisher_rows: int = field(default=256, metadata={"help": "pool rows that ekfac's Fisher is estimated on"})
+    damping: float = field(default=0.1, metadata={"help": "of ekfac, as a share of a layer's mean eigenvalue"})
     store: Literal["int8", "float16", "float32"] = "int8"
     seed: int = 0
 
@@ -63,9 +68,27 @@ class Gradient(Extractor):
             raise UsageError("preconditioner: adam needs mode: lora and checkpoints: with their optimizer state")
         if self.checkpoints and self.mode != "lora":
             raise UsageError("checkpoints: are LoRA adapters; give mode: lora")
-        for name in ("last_blocks", "k", "dim", "rank"):
+        if self.preconditioner == "ekfac" and self.mode != "base":
+            raise UsageError("preconditioner: ekfac is of the weights themselves; give mode: base")
+        if self.damping <= 0:
+            raise UsageError(f"damping: {self.damping} must be positive")
+        for name in ("last_blocks", "k", "dim", "rank", "fisher_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least 1")
+
+    @property
+    def fits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - depends on the settings here
+        return self.preconditioner == "ekfac"
+
+    @property
+    def sample_rows(self) -> int:
+        return self.fisher_rows if self.fits else 0
+
+    def fit(self, backbone: Backbone, batches: Mapping[str, list[Batch]],
+            sample: Sequence[Batch] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
+        from llmselect.engine import ekfac
+
+        return ekfac.factors(backbone, self._ready(backbone)[0][1].layers, sample, self.seed)
 
     def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
         return ()
@@ -118,7 +141,8 @@ class Gradient(Extractor):
             if one is not None:
                 moments.activate(batch.backbone, one)
             step = one.moments if one is not None and batch.side == "pool" else None
-            projection.start(len(batch.ids), step)
+            curvature = (state, self.damping) if self.fits and batch.side == "target" else None
+            projection.start(len(batch.ids), step, curvature)
             loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink)
             norm = projection.out.norm(dim=1, keepdim=True)
             parts.append(share * projection.out / norm.clamp_min(1e-30))

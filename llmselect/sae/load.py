@@ -32,6 +32,7 @@ def load(path: str, sae_id: str | None = None, device: str = "cpu") -> Any:
     Errors: `UsageError` when there is none; `MissingExtra` without sae-lens.
     """
     os.environ.setdefault("WANDB_MODE", "disabled")  # sae-lens imports it, nothing here reports to it
+    device = "cpu" if device.startswith("cpu") else device  # several processes say cpu:0, which safetensors does not know
     lens = require("sae_lens", "sae")
     try:
         if (folder := Path(path)).is_dir():
