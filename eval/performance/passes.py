@@ -76,13 +76,19 @@ def main() -> None:
     work = {name: (floors.get(name, plain), lambda names=names: with_feature(names)) for name, names in arms.items()}
     ratios = paired(work, a.repeats)
     tokens = sum(len(row.ids) for row in encoded)
+    padding = sum(len(b) * len(encoded[b[0]].ids) for b in batches) / tokens - 1
     found = {"rows": len(encoded), "tokens": tokens, "threads": torch.get_num_threads(), "device": str(backbone.device),
-             "batch_tokens": a.batch_tokens, "repeats": a.repeats, "blocks": backbone.depth,
-             "padding": round(sum(len(b) * len(encoded[b[0]].ids) for b in batches) / tokens - 1, 4),
+             "batch_tokens": a.batch_tokens, "repeats": a.repeats, "blocks": backbone.depth, "padding": round(padding, 4),
              "ratio_to_plain_forward": ratios}  # fmt: skip
-    print(json.dumps(found, indent=2))
-    if a.out:
-        a.out.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, a.out)
+
+
+def report(found: dict, out: Path | None) -> None:
+    """Print what was measured, and keep it where asked."""
+    text = json.dumps(found, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
 
 
 def paired(arms: dict, repeats: int) -> dict[str, dict[str, float]]:

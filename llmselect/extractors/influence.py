@@ -1,6 +1,6 @@
 """Influence of a row on a target: the derivative of its loss along the target's inverse-Fisher-weighted gradient.
 
-Papers: influence functions, Koh and Liang, arXiv 1703.04730; with EK-FAC, Grosse et al., arXiv 2308.03296; for selection
+Paper: influence functions, Koh and Liang, arXiv 1703.04730; with EK-FAC, Grosse et al., arXiv 2308.03296; for selection
     Quad, arXiv 2409.16986, section 3.
 Objective: per target group v = (F + λI)⁻¹ ∇L(target), F the EK-FAC Fisher of pool rows; influence of z = ⟨∇L(z), v⟩ =
     [L(z; θ + εv) - L(z; θ - εv)] / 2ε; high means that training on z lowers the target's loss.
