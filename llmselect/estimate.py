@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -35,7 +36,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     budget = Budget.parse(recipe.budget)
     selected = budget.rows_of(rows) if budget.tokens is None else int(budget.tokens / max(1.0, tokens_per_row))
     trainings = (len(recipe.methods) + recipe.full) * len(recipe.seeds)
-    trained = recipe.train.tokens or int(selected * tokens_per_row)
+    trained = recipe.train.tokens or int(selected * tokens_per_row * recipe.train.epochs)
     return {
         "pool_rows": total,
         "usable_rows": rows,
@@ -67,17 +68,26 @@ def _passes(run: Run) -> tuple[float, float, float]:
 
     run.recipe = replace(
         run.recipe,
-        warmup=None,
+        warmup=_short_warm_up(run.recipe),
         features={name: {k: v for k, v in one.items() if k != "adapter"} | _any_sae(one)
                   for name, one in run.recipe.features.items()},
         sae=run.recipe.sae and replace(run.recipe.sae, tokens=1, held_out_rows=1),
     )  # fmt: skip
     start = time.monotonic()
     extract_stage(run)
-    seconds = time.monotonic() - start
+    timings = run.folder / "timings.json"
+    seconds = time.monotonic() - start - json.loads(timings.read_text()).get("warmup", 0.0)
     size = sum(f.stat().st_size for f in Path(run.store.path).rglob("*.safetensors") if "@target" not in str(f))
     tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())
     return seconds / len(run.pool), size / len(run.pool), tokens
+
+
+def _short_warm_up(recipe: Recipe) -> Any:
+    """As many checkpoints as the recipe's warm-up leaves, from a few rows: gradient features are made at each."""
+    if recipe.warmup is None or not any(one.get("checkpoints") == "warmup" for one in recipe.features.values()):
+        return None
+    train = replace(recipe.warmup.train, batch_tokens=64)
+    return replace(recipe.warmup, budget={"rows": 4}, train=train)
 
 
 def _any_sae(feature: dict[str, Any]) -> dict[str, Any]:

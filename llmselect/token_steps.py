@@ -25,11 +25,11 @@ class Schedule:
 
 
 def schedule(count: int, encode: Callable[[Sequence[int]], list[Encoded]], tokens: int | None, batch_tokens: int,
-             seed: int, block: int = 256) -> Schedule:  # fmt: skip
+             seed: int, block: int = 256, epochs: int = 1) -> Schedule:  # fmt: skip
     """Lay `count` rows out in seeded epochs and cut them into steps of exactly `batch_tokens` supervised tokens.
 
     A row that straddles the border of two steps is in both, with its labels shared out between them. The last step
-    ends exactly at `tokens` (one epoch when None). Rows are encoded only until the budget is full.
+    ends exactly at `tokens` (after `epochs` when None). Rows are encoded only until the budget is full.
 
     Errors: `LlmselectError` when rows have no supervised token.
     """
@@ -63,8 +63,8 @@ def schedule(count: int, encode: Callable[[Sequence[int]], list[Encoded]], token
         epoch += 1
         if not seen:
             raise LlmselectError("none of the selected rows has a supervised token to train on")
-        if tokens is None:
-            return Schedule(rows, list(place), steps, seen, 1.0)
+        if tokens is None and epoch == epochs:
+            return Schedule(rows, list(place), steps, seen, float(epochs))
 
 
 def labels(row: Encoded, start: int, stop: int) -> np.ndarray:

@@ -51,7 +51,8 @@ OWNED = {
 class Train:
     """The `train:` section of a recipe."""
 
-    tokens: int | None = field(default=None, metadata={"help": "supervised tokens seen; null: one epoch of the rows"})
+    tokens: int | None = field(default=None, metadata={"help": "supervised tokens seen; null: `epochs` of the rows"})
+    epochs: int = field(default=1, metadata={"help": "passes over the rows when tokens is null"})
     batch_tokens: int = field(default=2048, metadata={"help": "supervised tokens of an optimizer step"})
     micro_tokens: int | None = field(
         default=None,
@@ -66,9 +67,11 @@ class Train:
     lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "PEFT LoraConfig settings by their own names"})
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "micro_tokens", "max_length"):
+        for name in ("tokens", "epochs", "batch_tokens", "micro_tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.tokens is not None and self.epochs != 1:
+            raise UsageError("tokens and epochs both say how long to train; give one of them")
         if self.checkpoints < 0:
             raise UsageError(f"checkpoints: {self.checkpoints} must be 0 or more")
 
@@ -170,7 +173,7 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     if (done := _finished(out, key)) is not None:
         return done
     encode = partial(_encode, backbone, rows)
-    plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, block=64)
+    plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, block=64, epochs=train.epochs)
     with TemporaryDirectory(prefix="llmselect-train-") as scratch:
         trainer = _trainer(backbone, plan, train, seed, scratch)
         if train.checkpoints:

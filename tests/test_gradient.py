@@ -120,7 +120,7 @@ def test_lora_rows_with_adam_are_the_optimizers_next_step(folder, pool, target, 
     store = FeatureStore(tmp_path)
     extract(pool, store, {"g": one}, target=target)
     backbone = Backbone(folder)
-    found = moments.load(backbone, warmed, True, False)
+    found = moments.load(backbone, moments.folders(warmed), True, False)
     rates = np.array([c.learning_rate for c in found])
     assert len(found) == 3 and rates.min() > 0 and len(set(rates)) == 3
     parts = {"pool": [], "target": []}
@@ -169,7 +169,7 @@ def test_the_reference_formula_is_that_of_the_published_code():
 
 def test_a_trainers_optimizer_is_read_by_number(folder, warmed, tmp_path):
     backbone = Backbone(folder)
-    ours = moments.load(backbone, warmed, True, False)[0]
+    ours = moments.load(backbone, moments.folders(warmed), True, False)[0]
     names = [n for n, _ in backbone.causal_lm.named_parameters() if ".checkpoint0." in n]
     state = {i: {"step": torch.tensor(2.0), "exp_avg": ours.moments.first[moments.canonical(n)],
                  "exp_avg_sq": ours.moments.second[moments.canonical(n)]} for i, n in enumerate(names)}  # fmt: skip
@@ -225,7 +225,7 @@ def test_what_linear_hooks_cannot_see_is_refused_by_name(folder):
         gradients.choose(backbone, "input_layernorm$")
     kept = blocks[1].mlp.up_proj
     blocks[1].mlp.up_proj = blocks[1].mlp.gate_proj
-    with pytest.raises(LlmselectError, match="is shared"):
+    with pytest.raises(LlmselectError, match="is shared with others"):
         gradients.choose(backbone, LAYERS)
     from transformers.pytorch_utils import Conv1D
 

@@ -33,25 +33,29 @@ def choose(backbone: Backbone, pattern: str, last_blocks: int | None = None) -> 
     Errors: `UsageError` when none matches, or one matches that is no `nn.Linear` although it has a weight matrix;
     `LlmselectError` for fused experts, and for weights that are tied or shared.
     """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"layers_like: {pattern!r} is no regular expression: {error}") from error
     blocks = list(backbone.blocks)[-last_blocks if last_blocks else 0 :]
     names = {id(module): name for name, module in backbone.causal_lm.named_modules()}
     found: dict[str, torch.nn.Linear] = {}
     for module in (m for block in blocks for m in block.modules()):
         name = names[id(module)]
         own = dict(module.named_parameters(recurse=False))
-        if not own or not re.search(pattern, name):
+        if not own or not wanted.search(name):
             continue
         if isinstance(module, torch.nn.Linear):
             found[name] = module
         elif any(p.ndim == 3 for p in own.values()):
             raise LlmselectError(
-                f"layers: {name} holds fused experts ({type(module).__name__}), whose rows' gradients linear hooks do not "
-                "see; leave them out, e.g. layers: 'q_proj|k_proj|v_proj|o_proj'"
+                f"layers_like: {name} holds fused experts ({type(module).__name__}), whose rows' gradients linear hooks do not "
+                "see; leave them out, e.g. layers_like: 'q_proj|k_proj|v_proj|o_proj'"
             )
         elif any(p.ndim == 2 for p in own.values()):
-            raise UsageError(f"layers: {name} is a {type(module).__name__}, no nn.Linear; leave it out of {pattern!r}")
+            raise UsageError(f"layers_like: {name} is a {type(module).__name__}, no nn.Linear; leave it out of {pattern!r}")
     if not found:
-        raise UsageError(f"layers: no linear layer of the {len(blocks)} blocks matches {pattern!r}")
+        raise UsageError(f"layers_like: no linear layer of the {len(blocks)} blocks matches {pattern!r}")
     _refuse_shared(backbone, found)
     return found
 
@@ -62,7 +66,7 @@ def _refuse_shared(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> No
         users.setdefault(parameter.data_ptr(), []).append(name)
     for name, layer in layers.items():
         if len(shared := users.get(layer.weight.data_ptr(), [])) > 1:
-            raise LlmselectError(f"layers: the weight of {name} is shared ({', '.join(shared)}); its gradient is not one layer's")
+            raise LlmselectError(f"layers_like: the weight of {name} is shared with others ({', '.join(shared)}); leave it out")
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink) -> 
     def forward(name: str) -> Any:
         def hook(_: Any, args: tuple, out: torch.Tensor) -> None:
             if name in seen:
-                raise LlmselectError(f"{name} ran twice in one forward pass (reused, or checkpointed): leave it out of layers")
+                raise LlmselectError(f"layers_like: {name} ran twice in one forward pass (reused, or checkpointed); leave it out")
             seen.add(name)
             # Reduced here: between forward and backward only the smaller side is kept.
             kept = reduce(name, args[0].detach())

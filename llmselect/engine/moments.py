@@ -92,13 +92,13 @@ def folders(path: str) -> list[Path]:
     return sorted(found, key=lambda p: int("".join(c for c in p.name if c.isdigit()) or 0))
 
 
-def load(backbone: Backbone, path: str, adam: bool, reference: bool) -> list[Checkpoint]:
-    """Load every checkpoint in `path` as an adapter of the model (none active yet).
+def load(backbone: Backbone, places: list[Path], adam: bool, reference: bool) -> list[Checkpoint]:
+    """Load checkpoints as adapters of the model (none active yet).
 
     Errors: `UsageError` without checkpoints, or without optimizer state where `adam` needs it.
     """
     made = []
-    for i, folder in enumerate(folders(path)):
+    for i, folder in enumerate(places):
         name = f"checkpoint{i}"
         backbone.causal_lm.load_adapter(str(folder), adapter_name=name)
         about = json.loads((folder / STATE).read_text()) if (folder / STATE).exists() else _trainer_state(folder)
@@ -135,12 +135,13 @@ def _freeze(backbone: Backbone) -> None:
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:
-    """Mean learning rate since the checkpoint before, from a Trainer's log."""
+    """Mean learning rate of the last epoch before the checkpoint, from a Trainer's log."""
     file = folder / "trainer_state.json"
     if not file.exists():
         return {"learning_rate": 1.0}
     about = json.loads(file.read_text())
-    rates = [one["learning_rate"] for one in about["log_history"] if "learning_rate" in one]
+    logs = [one for one in about.get("log_history", []) if "learning_rate" in one]
+    rates = [one["learning_rate"] for one in logs if one.get("epoch", 0) > about.get("epoch", 0) - 1]
     return {"learning_rate": sum(rates) / len(rates) if rates else 1.0}
 
 

@@ -49,6 +49,7 @@ class Gradient(Extractor):
 
     mode: Literal["base", "lora"] = field(default="base", metadata={"help": "gradients of the weights, or of a LoRA adapter"})
     checkpoints: str | None = field(default=None, metadata={"help": "folder of LoRA checkpoints; `warmup`: the recipe's"})
+    use: Literal["all", "last"] = field(default="all", metadata={"help": "which of the checkpoints"})
     preconditioner: Literal["none", "adam", "ekfac"] = field(
         default="none", metadata={"help": "adam: pool rows as Adam's next step; ekfac: target rows times the inverse Fisher"}
     )
@@ -98,9 +99,14 @@ class Gradient(Extractor):
         if not self.checkpoints:
             return told
         from llmselect.engine.backbone import weights_digest
+
+        return {**told, "checkpoints": [weights_digest(str(folder)) for folder in self._places()]}
+
+    def _places(self) -> list[Any]:
         from llmselect.engine.moments import folders
 
-        return {**told, "checkpoints": [weights_digest(str(folder)) for folder in folders(self.checkpoints)]}
+        found = folders(str(self.checkpoints))
+        return found[-1:] if self.use == "last" else found
 
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:
         ready = self._ready(backbone)
@@ -116,7 +122,7 @@ class Gradient(Extractor):
             if self.mode == "base":
                 found: list[Checkpoint | None] = [None]
             elif self.checkpoints:
-                found = [*moments.load(backbone, self.checkpoints, self.preconditioner == "adam", self.reference)]
+                found = [*moments.load(backbone, self._places(), self.preconditioner == "adam", self.reference)]
             else:
                 found = [*moments.fresh(backbone, self.rank, self.seed, self.layers_like)]
             ready = []

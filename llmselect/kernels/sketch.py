@@ -25,12 +25,18 @@ def generator(seed: int, layer: str, role: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
 
 
+def random_signs(source: np.random.Generator, count: int) -> np.ndarray:
+    """`[count]` int8 of ±1, from raw bits: NumPy promises those of a bit generator across releases, not its distributions."""
+    words = np.asarray(source.bit_generator.random_raw(-(-count // 64)), "<u8")  # type: ignore[attr-defined]
+    return 2 * np.unpackbits(words.view(np.uint8), count=count).astype(np.int8) - 1
+
+
 def rademacher(seed: int, layer: str, rows: int, columns: int) -> torch.Tensor:
     """`[rows, columns]` fp32 of ±1/√rows: E⟨Rx, Ry⟩ = ⟨x, y⟩."""
     import torch
 
-    signs = generator(seed, layer, "project").integers(0, 2, (rows, columns), dtype=np.int8)
-    return torch.from_numpy((2 * signs - 1).astype(np.float32) / np.float32(np.sqrt(rows)))
+    signs = random_signs(generator(seed, layer, "project"), rows * columns).reshape(rows, columns)
+    return torch.from_numpy(signs.astype(np.float32) / np.float32(np.sqrt(rows)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +54,9 @@ class Fold:
         import torch
 
         draw = generator(seed, layer, "fold")
-        signs = torch.from_numpy((2 * draw.integers(0, 2, size, dtype=np.int8) - 1).astype(np.float32)).to(device)
-        return cls(signs, tuple(int(s) for s in draw.integers(0, dim, -(-size // dim))), dim)
+        signs = torch.from_numpy(random_signs(draw, size).astype(np.float32)).to(device)
+        turns = np.asarray(draw.bit_generator.random_raw(-(-size // dim)), np.uint64)  # type: ignore[attr-defined]
+        return cls(signs, tuple(int(word) for word in turns % np.uint64(dim)), dim)
 
     def add(self, out: torch.Tensor, vectors: torch.Tensor) -> None:
         """out `[B, dim]` += sketch of `vectors [B, size]`, in place.

@@ -1,14 +1,16 @@
 """Nearest rows to the target by cosine.
 
 Paper: RDS+ with `combine: round_robin` on position-weighted embeddings: Ivison et al., arXiv 2503.01807, section 3; LESS
-    with `combine: mean, across: max` on gradient features: Xia et al., arXiv 2402.04333, section 4.
+    with `combine: centroid, across: max` on gradient features: Xia et al., arXiv 2402.04333, section 4 (its published
+    code: `combine: mean`).
 Objective: c_ij = ⟨x_i, t_j⟩ / ‖x_i‖‖t_j‖. Within a target group: `mean` or `max` of c_ij over its rows, or
-    `round_robin`: every target row is a query and gives its nearest row not yet taken. Over groups `across`: turns,
+    `round_robin`: every target row is a query and gives its nearest row not yet taken; `centroid`: the cosine with the
+    mean unit target, which ranks a group as `mean` does but compares groups of any spread alike. Over groups `across`: turns,
     mean or max.
 Inputs: `x [n, d]`, `target [m, d]`, optional `target_groups [m]`.
 Cost: one GEMM n × d × m in blocks; `mean` needs n × d × G only, since the mean cosine is the product with the mean unit
     target. n × m is never held; round robin keeps O(k) candidates.
-Deviations: none known.
+Deviations: `centroid` takes target rows as unit vectors; LESS averages the gradients with their lengths.
 Defaults: round robin in both, because cosines of different tasks are not comparable.
 """
 
@@ -27,7 +29,8 @@ from llmselect.kernels.topk import topk_stable
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
 
-Combine = Literal["round_robin", "mean", "max"]
+Combine = Literal["round_robin", "mean", "max", "centroid"]
+Across = Literal["round_robin", "mean", "max"]
 
 
 @selectors.register("similarity")
@@ -36,7 +39,7 @@ class Similarity(Selector):
     """Rows by cosine to the target rows. Evidence: `nearest` target row, its `cosine`, and `query`, who picked the row."""
 
     combine: Combine = field(default="round_robin", metadata={"help": "over the target rows of a group"})
-    across: Combine = field(default="round_robin", metadata={"help": "over target groups"})
+    across: Across = field(default="round_robin", metadata={"help": "over target groups"})
 
     def __post_init__(self) -> None:
         if self.combine == "round_robin" and self.across != "round_robin":
@@ -72,8 +75,10 @@ class Similarity(Selector):
     def _scored(self, k: int, rng: Keyed, x: Any, targets: np.ndarray, group: np.ndarray) -> Picked:
         groups = np.unique(group)
         means = np.stack([targets[group == g].mean(0) for g in groups])
+        if self.combine == "centroid":
+            means = unit_targets(means)
         columns = np.empty((x.shape[0], len(groups)), np.float32)
-        for start, block in similarity_blocks(x, means if self.combine == "mean" else targets):
+        for start, block in similarity_blocks(x, targets if self.combine == "max" else means):
             if self.combine == "max":
                 block = np.stack([block[:, group == g].max(1) for g in groups], axis=1)
             columns[start : start + len(block)] = block
