@@ -5,7 +5,7 @@
 Random token ids, half of each row prompt, half response. Each arm is timed against, just before it:
 
 - `training`: forward and backward of the same batch as a trainer runs it (logits everywhere): of all weights for mode
-  base, of the adapter for mode lora;
+  base, of the adapter (on q, k, v, o) for mode lora;
 - `activations`: forward and backward to activations only with logits at responses: the floor of any such method;
 - `one by one` (lora r = 128 only): a row at a time, gradient flattened and projected densely to `dim`, as in the
   published code of LESS; the random matrix is made once and not counted.
@@ -49,7 +49,7 @@ class Arm:
         self.batch = synthetic(self.backbone, rows, length)
         pattern, k = ".", size
         if mode == "lora":
-            moments.activate(self.backbone, moments.fresh(self.backbone, size, 0, ".")[0])
+            moments.activate(self.backbone, moments.fresh(self.backbone, size, 0, "q_proj|k_proj|v_proj|o_proj")[0])
             for name, parameter in self.backbone.causal_lm.named_parameters():
                 if "lora_B" in name:  # as after a warm-up: a zero B would spare work
                     torch.nn.init.normal_(parameter, std=0.01)
