@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -117,6 +118,24 @@ def test_rows_are_the_mean_of_sae_lens_encode(which, folder, pool, target, train
     # fp16 rounds to 2^-11; where two latents tie for the k-th place, either may win.
     assert np.abs(together - expected).max() < 2e-3 * expected.max()
     assert np.abs(alone - together).max() < 2e-3 * expected.max()
+
+
+def test_a_folder_in_sparsifys_format_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    place = tmp_path / "layers.1"
+    place.mkdir()
+    torch.manual_seed(0)
+    weights = {"encoder.weight": torch.randn(WIDTH, 48), "encoder.bias": torch.randn(WIDTH), "W_dec": torch.randn(WIDTH, 48),
+               "b_dec": torch.randn(48)}  # fmt: skip
+    save_file(weights, place / "sae.safetensors")
+    (place / "cfg.json").write_text(json.dumps({"d_in": 48, "num_latents": WIDTH, "expansion_factor": 4, "k": K}))
+    sae = load.load(str(place))
+    assert load.candidates(sae, None, 4) == (1, 2, 3)
+    x = torch.randn(5, 48)
+    before = torch.relu((x - weights["b_dec"]) @ weights["encoder.weight"].T + weights["encoder.bias"])
+    expected = before.where(before >= before.topk(K).values[:, -1:], 0)
+    assert torch.allclose(sae.encode(x), expected, atol=1e-4)
 
 
 def test_the_hidden_state_is_measured_not_believed(folder, pool, target, trained, tmp_path, caplog):

@@ -38,18 +38,26 @@ def load(path: str, sae_id: str | None = None, device: str = "cpu") -> Any:
         if (folder := Path(path)).is_dir():
             options: dict[str, Any] = {}
             if (folder / "sae.safetensors").exists():
-                from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
-
-                options["converter"] = sparsify_disk_loader
+                options["converter"] = _sparsify
             sae = lens.SAE.load_from_disk(folder, device=device, dtype="float32", **options)
         elif sae_id is None:
             raise UsageError(f"sae: {path} is no folder; of a public release give sae: RELEASE and sae_id: ID")
         else:
             sae = lens.SAE.from_pretrained(path, sae_id, device=device, dtype="float32")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"sae: cannot read {path!r}{f' ({sae_id})' if sae_id else ''}: {first}") from error
     return sae.eval().requires_grad_(False)
+
+
+def _sparsify(path: Any, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None) -> tuple[dict, dict]:
+    """sae-lens's reader of sparsify folders, which takes the decoder for its transpose."""
+    from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
+
+    config, weights = sparsify_disk_loader(path, device, cfg_overrides)
+    if weights["W_dec"].shape != (config["d_sae"], config["d_in"]):
+        weights["W_dec"] = weights["W_dec"].T.contiguous()
+    return config, weights
 
 
 def digest(sae: Any) -> str:
