@@ -10,14 +10,18 @@ Random token ids, half of each row prompt, half response. Each arm is timed agai
 - `one by one` (lora r = 128 only): a row at a time, gradient flattened and projected densely to `dim`, as in the
   published code of LESS; the random matrix is made once and not counted.
 
-A ratio is speed (rows a second) relative to that floor. Memory: peak of the pass over the peak of training, on a GPU.
+A ratio is speed (rows a second) relative to that floor. Memory: the growth of the peak over the loaded model, relative
+to that of training; on a CPU each in a fresh process (resident memory), with four times the rows so that it shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -91,13 +95,27 @@ class Arm:
                 out += part @ block[: len(part)]
 
 
-def peak(arm: Arm, work: Any) -> int | None:
-    """Peak bytes on the GPU above what lies there; None without one."""
-    if arm.backbone.device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated()
+def memory(a: argparse.Namespace, mode: str, size: int) -> float:
+    """Growth of the peak while features are made, over that of training."""
+    grown = {}
+    for what in ("features", "training"):
+        shape = [a.model, mode, size, a.dim, 4 * a.batch, a.length, what]
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import gradients; gradients.growth(*{shape!r})"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        grown[what] = int(done.stdout.split()[-1])
+    return round(grown["features"] / grown["training"], 3)
+
+
+def growth(model: str, mode: str, size: int, dim: int, rows: int, length: int, what: str) -> None:
+    """Print by how many bytes the peak memory grows, in a process that does nothing else."""
+    arm = Arm(model, mode, size, dim, rows, length)
+    assert arm.backbone.causal_lm is not None
+    cuda = arm.backbone.device.type == "cuda"
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = torch.cuda.memory_allocated() if cuda else resident
+    getattr(arm, what)()
+    after = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(after - before)
 
 
 def timed(arm: Arm, work: Any) -> float:
@@ -119,8 +137,6 @@ def measure(arm: Arm, floors: dict[str, Any], repeats: int) -> dict[str, Any]:
         floor(), arm.features()
         ratios = [timed(arm, floor) / timed(arm, arm.features) for _ in range(repeats)]
         found[name] = {"median": round(statistics.median(ratios), 2), "min": round(min(ratios), 2), "max": round(max(ratios), 2)}
-    if (most := peak(arm, arm.features)) is not None:
-        found["memory"] = round(most / (peak(arm, arm.training) or 1), 3)
     return found
 
 
@@ -137,7 +153,7 @@ def main() -> None:
         arm = Arm(a.model, mode, size, a.dim, a.batch, a.length)
         floors = {"training": arm.training, "activations": arm.activations}
         name = f"{mode} {'k' if mode == 'base' else 'r'} = {size}"
-        found["speed"][name] = measure(arm, floors, a.repeats)
+        found["speed"][name] = measure(arm, floors, a.repeats) | {"memory": memory(a, mode, size)}
         if (mode, size) == ("lora", 128):
             block = torch.randint(0, 2, (4096, a.dim), device=arm.backbone.device).float() * 2 - 1
             found["speed"][name] |= measure(arm, {"one by one": lambda arm=arm, b=block: arm.one_by_one(a.dim, b)}, 1)
