@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,9 @@ def load(backbone: Backbone, places: list[Path], adam: bool, reference: bool) ->
     made = []
     for i, folder in enumerate(places):
         name = f"checkpoint{i}"
-        backbone.causal_lm.load_adapter(str(folder), adapter_name=name)
+        with warnings.catch_warnings():  # PEFT warns of several adapters: here they are the point
+            warnings.simplefilter("ignore", UserWarning)
+            backbone.causal_lm.load_adapter(str(folder), adapter_name=name)
         about = json.loads((folder / STATE).read_text()) if (folder / STATE).exists() else _trainer_state(folder)
         moments = _moments(backbone, folder, name, about, reference) if adam else None
         made.append(Checkpoint(name, float(about["learning_rate"]), moments))
