@@ -27,7 +27,7 @@ def _kernel() -> Any:
                 value, theirs = data[j], prototypes[indices[j]]
                 total += value
                 for g in range(len(theirs)):
-                    held[g] += value if value < theirs[g] else theirs[g]  # twice as fast as min(), which asks for NaN
+                    held[g] += value if value < theirs[g] else theirs[g]  # faster than min(), which asks for NaN
             mass[i] = total
             overlap[i] = held
 
