@@ -49,8 +49,12 @@ def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterat
         yield start, cosine
 
 
-def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The `count` nearest pool rows of each target, best first (ties by key), and each row's largest cosine `[n]`.
+Best = list[tuple[np.ndarray, np.ndarray]]
+
+
+def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[Best, np.ndarray]:
+    """The `count` nearest pool rows of each target with their cosines, best first (ties by key), and each row's largest
+    cosine `[n]`.
 
     One pass over `x`; memory O(m · count + block · m).
     """
@@ -70,4 +74,4 @@ def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -
             values = np.concatenate([values, column[better]])
             order = np.lexsort((keys[rows], -values))[:count]
             held[j] = rows[order], values[order]
-    return [rows for rows, _ in held], largest
+    return held, largest

@@ -66,8 +66,8 @@ class Similarity(Selector):
             place[group == g] = np.arange((group == g).sum())
         n, count = x.shape[0], min(x.shape[0], max(64, -(-4 * k // len(targets))))
         while True:
-            lists, largest = best_per_target(x, targets, count, rng.keys)
-            order, query, short = take_turns(lists, group, place, k, n)
+            best, largest = best_per_target(x, targets, count, rng.keys)
+            order, query, short = take_turns([rows for rows, _ in best], group, place, k, n)
             if count == n or not short:
                 return Picked(order, largest, evidence={"query": query})
             count = min(n, 2 * count)  # a list ran out before its turn ended: look deeper
