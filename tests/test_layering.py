@@ -21,6 +21,8 @@ LEVELS = (
     {"extractors", "selectors"},
     {
         "stages",
+        "mixing",
+        "semdedup",
         "prepare",
         "recipe",
         "refine",

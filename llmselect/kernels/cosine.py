@@ -34,13 +34,15 @@ def unit_targets(target: Any) -> np.ndarray:
     return unit(target)
 
 
-def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+def similarity_blocks(x: Any, targets: np.ndarray, block: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `(start, cosine [b, m])` over the rows of array-like `x [n, d]`, for unit `targets [m, d]`.
 
     Errors: `LlmselectError` naming pool rows that are not finite.
     """
+    block = block or max(256, min(BLOCK, (1 << 20) // max(1, targets.shape[1])))  # 8 MB: what a cache may hold
     for start in range(0, x.shape[0], block):
-        part = unit(x[start : start + block])
+        part = x[start : start + block]
+        part = part if getattr(x, "unit_rows", False) else unit(part)
         # In fp64 and then rounded: a GEMM rounds a row by where it lies in a tile, and equal rows must tie.
         cosine = (part @ targets.T).astype(np.float32)
         if not np.isfinite(cosine).all():
@@ -59,19 +61,20 @@ def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -
     One pass over `x`; memory O(m · count + block · m).
     """
     held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in targets]
-    largest = np.empty(x.shape[0], np.float32)
+    largest, worst = np.empty(x.shape[0], np.float32), np.full(len(targets), -np.inf, np.float32)
     for start, cosine in similarity_blocks(x, targets):
         largest[start : start + len(cosine)] = cosine.max(1)
-        for j, (rows, values) in enumerate(held):
-            column = cosine[:, j]
-            if len(values) >= count:  # most blocks hold few rows that beat what is kept
-                better = np.flatnonzero(column >= values[-1])
-                if not len(better):
-                    continue
-            else:
-                better = np.arange(len(column))
+        beats = cosine >= worst  # most blocks hold few rows that beat what is kept
+        for j in np.flatnonzero(beats.any(0)):
+            rows, values = held[j]
+            better = np.flatnonzero(beats[:, j])
             rows = np.concatenate([rows, start + better])
-            values = np.concatenate([values, column[better]])
+            values = np.concatenate([values, cosine[better, j]])
+            if len(values) > 2 * count:  # the sort is only of what may stay
+                limit = np.partition(values, len(values) - count)[len(values) - count]
+                rows, values = rows[values >= limit], values[values >= limit]
             order = np.lexsort((keys[rows], -values))[:count]
             held[j] = rows[order], values[order]
+            if len(order) == count:
+                worst[j] = held[j][1][-1]
     return held, largest

@@ -122,9 +122,10 @@ class Spread:
         if not self.count:
             return self.first[rows]
         since = int(self.seen[rows].min())
-        distance = 2 - 2 * (self.x.gather(rows) @ self.taken[since : self.count].T)
-        if distance.shape[1]:
-            self.near[rows] = np.minimum(self.near[rows], np.maximum(distance, 0).min(1))
+        # In float32 first: the distance of equal rows is then 0, not what is left of rounding.
+        cosine = (self.x.gather(rows) @ self.taken[since : self.count].T).astype(np.float32)
+        if cosine.shape[1]:
+            self.near[rows] = np.minimum(self.near[rows], np.maximum(2 - 2 * cosine.max(1), 0))
         self.seen[rows] = self.count
         return self.near[rows]
 

@@ -68,6 +68,8 @@ def _inverse_root(covariance: np.ndarray, kind: Kind) -> np.ndarray:
 class Whitened:
     """Rows of `x` after whitening, as unit vectors, computed when they are read."""
 
+    unit_rows = True
+
     def __init__(self, x: Rows, whitening: Whitening | None):
         self.x, self.whitening, self.shape = x, whitening, x.shape
 

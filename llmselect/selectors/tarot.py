@@ -51,7 +51,7 @@ class Tarot(Selector):
         x, targets = whitened(x, target, self.whiten, self.ridge, self.dim)
         named = np.zeros(len(targets)) if target_groups is None or self.across == "pooled" else np.asarray(target_groups)
         group = np.unique(named, return_inverse=True)[1]
-        count = min(len(x), -(-k // len(targets)) + 8)
+        count = min(len(x), max(256, -(-8 * k // len(targets))))
         while True:  # look deeper until every group has ranked k rows
             best, largest = best_per_target(x, targets, count, rng.keys)
             layers = [Layers(np.stack([rows for rows, _ in best])[group == g], len(x)) for g in range(group.max() + 1)]

@@ -52,29 +52,25 @@ class TarotAuto(Selector):
         if len(targets) < 2:
             raise UsageError("tarot_auto needs at least 2 target rows: some choose and others judge; 'tarot' takes one")
         named = np.zeros(len(targets)) if target_groups is None else np.asarray(target_groups)
-        fold = np.empty(len(targets), np.int64)
-        fold[np.argsort(named, kind="stable")] = np.arange(len(targets)) % min(self.folds, len(targets))
+        fold = np.argsort(np.argsort(named, kind="stable")) % min(self.folds, len(targets))
         search = _Search(x, targets, rng.keys)
         first: dict[int, int] = {}
         curves = []
         for f in range(fold.max() + 1):
             curve, best, chosen = self._fold(search, fold == f)
             curves.append({"curve": curve, "best": best})
-            for row, at in chosen.items():
-                first[row] = min(at, first.get(row, at))
-        rows = np.fromiter(first, np.int64, len(first))
-        layer = np.array([first[int(row)] for row in rows], np.int64)
+            first |= {row: min(at, first.get(row, at)) for row, at in chosen.items()}
+        rows, layer = (np.array(list(one), np.int64) for one in (first.keys(), first.values()))
         distance = distances(x[rows], targets)
         order = np.lexsort((rng.keys[rows], distance.min(1), layer))[:k]
-        evidence = {"nearest": distance.argmin(1)[order], "distance": distance.min(1)[order], "layer": layer[order]}
-        report = {"ratio": len(rows) / len(x), "rows": len(rows), "folds": curves}
-        return Picked(rows[order], search.largest, evidence=evidence, report=report)
+        distance = distance[order]
+        evidence = {"nearest": distance.argmin(1), "distance": distance.min(1), "layer": layer[order]}
+        return Picked(rows[order], search.largest, None, evidence, {"ratio": len(rows) / len(x), "folds": curves})
 
     def _fold(self, search: _Search, choosers: np.ndarray) -> tuple[list[float], int, dict[int, int]]:
         """The curve, the best k (counted from 1), and the rows chosen up to it with the k of each."""
-        judges = search.targets[~choosers]
         chosen: dict[int, int] = {}
-        cost, start = np.zeros((0, len(judges))), None
+        cost, start = np.zeros((0, int((~choosers).sum()))), None
         curve, best, value = [], 0, np.inf
         while not curve or len(curve) - best < self.patience:
             named = search.nearest(choosers, len(curve))
@@ -82,7 +78,7 @@ class TarotAuto(Selector):
                 break
             if new := [row for row in named if row not in chosen]:
                 chosen |= dict.fromkeys(new, len(curve) + 1)
-                cost = np.concatenate([cost, distances(search.x[np.array(new)], judges)])
+                cost = np.concatenate([cost, search.distances(new, len(curve))[:, ~choosers]])
                 if start is not None:  # new rows enter at the potential that the judges offer them
                     start = np.concatenate([start[0], (cost[-len(new) :] - start[1]).min(1)]), start[1]
                 found = exact(cost, start)
@@ -97,8 +93,9 @@ class _Search:
 
     def __init__(self, x: Any, targets: np.ndarray, keys: np.ndarray):
         self.x, self.targets, self.keys = x, targets, keys
+        self.place, self.known = dict[int, int](), np.zeros((0, len(targets)), np.float32)
         self._deepen(64)
-        if not (self.largest > 0).any():
+        if not any(self.lists):
             raise LlmselectError("tarot_auto: no row of the pool points towards any target (all cosines ≤ 0)")
 
     def _deepen(self, depth: int) -> None:
@@ -108,7 +105,16 @@ class _Search:
 
     def nearest(self, choosers: np.ndarray, at: int) -> list[int] | None:
         """The rows that the choosers name at place `at`; None when all their lists have ended."""
-        if at >= self.depth and self.depth < len(self.x):
+        if self.depth <= at < len(self.x):
             self._deepen(2 * self.depth)
         found = [self.lists[j][at] for j in np.flatnonzero(choosers) if at < len(self.lists[j])]
         return list(dict.fromkeys(found)) or None
+
+    def distances(self, rows: list[int], at: int) -> np.ndarray:
+        """Distances `[r, m]` of rows named at place `at` to all targets; computed once, for several places together."""
+        if not self.place.keys() >= set(rows):
+            soon = {row for one in self.lists for row in one[at : at + 16]} | set(rows)
+            more = sorted(soon - self.place.keys())
+            self.place |= {row: len(self.known) + i for i, row in enumerate(more)}
+            self.known = np.concatenate([self.known, distances(self.x[np.array(more)], self.targets)])
+        return self.known[[self.place[row] for row in rows]]
