@@ -146,7 +146,7 @@ class VLLMBackend:
         self.backbone, self.params, self.lora = backbone, vllm.SamplingParams, None
         more: dict[str, Any] = {}
         if backbone.adapter:
-            more = dict(enable_lora=True, max_lora_rank=_lora_rank(backbone.adapter))
+            more = dict(enable_lora=True, max_lora_rank=lora_rank(backbone.adapter))
             request: Any = require("vllm.lora.request", "vllm")
             self.lora = request.LoRARequest("adapter", 1, backbone.adapter)
         self.llm = vllm.LLM(
@@ -184,8 +184,11 @@ def digest(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _lora_rank(adapter: str) -> int:
-    """The least `max_lora_rank` that fits the adapter."""
+def lora_rank(adapter: str) -> int:
+    """The least `max_lora_rank` of vLLM that fits the adapter.
+
+    Errors: `UsageError` when none does.
+    """
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(adapter)

@@ -54,7 +54,7 @@ def generate(model: str, prompts: Sequence[Sequence[Message]], *, backend: str =
     check(backend, adapter)
     if not len(prompts):
         return []
-    backbone = _backbone(model, backend, adapter, dtype, max_length)
+    backbone = open_model(model, backend, adapter, dtype, max_length)
     rows = encode(backbone, prompts, sampling)
     return _engine(backend, backbone, batch_tokens).generate(rows, sampling)
 
@@ -80,7 +80,7 @@ def generate_to(path: Path | str, ids: Sequence[str], prompts: Sequence[Sequence
     _check_ids(ids, len(prompts))
     if chunk < 1:
         raise UsageError(f"chunk: {chunk} is too few rows; give at least 1")
-    backbone = _backbone(model, backend, adapter, dtype, max_length)
+    backbone = open_model(model, backend, adapter, dtype, max_length)
     rows = encode(backbone, prompts, settings, ids)
     if not _claim(path, _meta(backbone, backend, settings, rows, ids)):
         return path
@@ -139,7 +139,11 @@ def encode(backbone: Backbone, prompts: Sequence[Sequence[Message]], sampling: S
     return out
 
 
-def _backbone(model: str, backend: str, adapter: str | None, dtype: str, max_length: int | None) -> Backbone:
+def open_model(model: str, backend: str, adapter: str | None, dtype: str, max_length: int | None) -> Backbone:
+    """Config, tokenizer and chat template of a model; weights load later, if at all.
+
+    Errors: `UsageError` for a model that cannot be read and for a dtype that does not exist.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: {dtype!r} is not allowed.{nearest(dtype, DTYPES)} One of: {', '.join(DTYPES)}")
     import torch
