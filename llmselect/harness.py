@@ -7,10 +7,11 @@ import json
 import os
 import re
 import string
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ def lm_eval(model: str, tasks: Sequence[str], *, adapter: str | None = None, inc
         data: the folder that the suites' data lie in; else the environment's `LLMSELECT_DATA`.
         limit: the first rows of each task only.
         chat: render prompts by the chat template that training uses.
+        max_length: tokens of prompt and answer; lm-eval cuts a longer prompt from the left and warns.
 
     Returns:
         `tasks`: task → metric → `{"value", "stderr"}` (None where lm-eval has none); `samples`: task → rows scored;
@@ -53,6 +55,7 @@ def lm_eval(model: str, tasks: Sequence[str], *, adapter: str | None = None, inc
     manager = _manager(list(tasks), include, data)
     backbone = open_model(model, backend, adapter, dtype, max_length)
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))  # lm-eval prints progress: what a script reads stays clean
         given = _vllm(backbone, stack) if backend == "vllm" else _hf(backbone)
         found: Any = harness.simple_evaluate(
             model=backend, model_args=given, tasks=list(tasks), task_manager=manager, limit=limit,
