@@ -225,3 +225,25 @@ def test_a_file_made_from_something_else_is_refused(model, adapter, tmp_path):
 
 def test_no_prompts_make_an_empty_file(model, tmp_path):
     assert generate_to(tmp_path / "none.jsonl", [], [], model=str(model)).read_bytes() == b""
+
+
+def test_prompts_are_read_from_every_format_without_their_answers(tmp_path):
+    from llmselect.cli_models import read_prompts
+
+    user, system, answer = ({"role": r, "content": c} for r, c in [("user", "hi"), ("system", "be kind"), ("assistant", "yes")])
+    rows = [
+        {"id": 7, "messages": [system, user, answer]},
+        {"messages": [user, answer, user]},
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        {"prompt": "hi"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids, asked = read_prompts(file)
+    assert ids == ["7", "1", "2", "3", "4"]
+    assert asked == [[system, user], [user, answer, user], [{"role": "user", "content": "add\n\n1 2"}], [user], [user]]
+    assert read_prompts(file, limit=2) == (ids[:2], asked[:2])
+    file.write_text(json.dumps({"text": "only an answer"}))
+    with pytest.raises(UsageError, match=r"rows\.jsonl:1: there is no turn before the assistant's to answer"):
+        read_prompts(file)
