@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmselect import __version__, atomic
-from llmselect.backends import lora_rank
+from llmselect.backends import end_tokens, lora_rank
 from llmselect.errors import LlmselectError, UsageError, nearest, require
 from llmselect.generate import check, open_model
 
@@ -56,15 +56,14 @@ def lm_eval(model: str, tasks: Sequence[str], *, adapter: str | None = None, inc
     backbone = open_model(model, backend, adapter, dtype, max_length)
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))  # lm-eval prints progress: what a script reads stays clean
-        given = _vllm(backbone, stack) if backend == "vllm" else _hf(backbone)
+        lm = _vllm(backbone, stack) if backend == "vllm" else _hf(backbone, batch_size)
         found: Any = harness.simple_evaluate(
-            model=backend, model_args=given, tasks=list(tasks), task_manager=manager, limit=limit,
-            batch_size="auto" if backend == "vllm" else batch_size, device=str(backbone.device),
-            apply_chat_template=chat, log_samples=False, bootstrap_iters=1000,
+            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False,
+            bootstrap_iters=1000,
         )  # fmt: skip
     if not found:
         return {}
-    settings = {"model": model, "adapter": adapter, "backend": backend, "dtype": given["dtype"], "limit": limit,
+    settings = {"model": model, "adapter": adapter, "backend": backend, "dtype": _dtype(backbone), "limit": limit,
                 "max_length": backbone.encoder.max_length, "chat": chat}  # fmt: skip
     return _plain(found, settings)
 
@@ -153,18 +152,32 @@ def _tokenizer(backbone: Backbone) -> Any:
     return tokenizer
 
 
-def _hf(backbone: Backbone) -> dict[str, Any]:
-    return {"pretrained": backbone.path, "tokenizer": _tokenizer(backbone), "dtype": str(backbone.dtype).removeprefix("torch."),
-            "softmax_dtype": "float32", "max_length": backbone.encoder.max_length, "use_safetensors": True,
-            **({"peft": backbone.adapter} if backbone.adapter else {})}  # fmt: skip
+def _dtype(backbone: Backbone) -> str:
+    return str(backbone.dtype).removeprefix("torch.")
 
 
-def _vllm(backbone: Backbone, stack: ExitStack) -> dict[str, Any]:
+def _hf(backbone: Backbone, batch_size: int) -> Any:
+    registry: Any = require("lm_eval.api.registry", "eval")
+    ends = sorted(end_tokens(backbone))
+    lm = registry.get_model("hf")(
+        pretrained=backbone.path, tokenizer=_tokenizer(backbone), dtype=_dtype(backbone), softmax_dtype="float32",
+        max_length=backbone.encoder.max_length, use_safetensors=True, peft=backbone.adapter, batch_size=batch_size,
+        device=str(backbone.device),
+    )  # fmt: skip
+    # Or a row goes on after its end while others of its batch speak, and lm-eval reads what it says there.
+    lm.model.generation_config.eos_token_id = ends
+    return lm
+
+
+def _vllm(backbone: Backbone, stack: ExitStack) -> Any:
+    registry: Any = require("lm_eval.api.registry", "eval")
     folder = stack.enter_context(tempfile.TemporaryDirectory())  # vLLM reads a tokenizer from files only
     _tokenizer(backbone).save_pretrained(folder)
     lora = {"lora_local_path": backbone.adapter, "max_lora_rank": lora_rank(backbone.adapter)} if backbone.adapter else {}
-    return {"pretrained": backbone.path, "tokenizer": folder, "dtype": str(backbone.dtype).removeprefix("torch."),
-            "max_model_len": backbone.encoder.max_length, "load_format": "safetensors", **lora}  # fmt: skip
+    return registry.get_model("vllm")(
+        pretrained=backbone.path, tokenizer=folder, dtype=_dtype(backbone), max_model_len=backbone.encoder.max_length,
+        load_format="safetensors", batch_size="auto", **lora,
+    )  # fmt: skip
 
 
 def _plain(found: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

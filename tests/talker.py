@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,16 @@ def save_adapter(folder: Path, model: Path) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     wrapped.save_pretrained(folder)
+    return folder
+
+
+def as_base(model: Path, folder: Path) -> Path:
+    """A copy whose tokenizer and settings call another mark the end, as those of base models that know chat marks do."""
+    shutil.copytree(model, folder)
+    for name, change in [("tokenizer_config.json", {"eos_token": "<|endoftext|>"}), ("config.json", {"eos_token_id": 0}),
+                         ("generation_config.json", {"eos_token_id": 0})]:  # fmt: skip
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     return folder
 
 

@@ -108,13 +108,7 @@ def test_a_special_token_can_be_a_stop_string(model):
 
 
 def test_the_end_mark_of_the_template_ends_answers_that_the_tokenizer_would_not(model, tmp_path):
-    shutil.copytree(model, tmp_path / "base")
-    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
-    settings["eos_token"] = "<|endoftext|>"  # as in base models that know chat marks
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
-    for name in ("config.json", "generation_config.json"):
-        about = json.loads((tmp_path / "base" / name).read_text())
-        (tmp_path / "base" / name).write_text(json.dumps({**about, "eos_token_id": 0}))
+    talker.as_base(model, tmp_path / "base")
     prompts = questions(12)
     found = generate(str(tmp_path / "base"), prompts, max_new_tokens=20)
     assert END in {one.tokens[-1] for one in found}

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import talker
 import tiny
+from llmselect.chat import DEFAULT_TEMPLATE
 from llmselect.errors import LlmselectError, MissingExtra, UsageError
 from llmselect.generate import generate, generate_to
 
@@ -126,10 +129,41 @@ def test_a_file_says_which_backend_it_is_from(model, stand_in, tmp_path):
         generate_to(out, ["a", "b"], talker.questions(2), **options)
 
 
+def test_lm_eval_gets_the_tokenizer_of_training_and_the_adapter(model, adapter, stand_in, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    from llmselect import harness
+
+    def engine(**given):
+        fast = AutoTokenizer.from_pretrained(given["tokenizer"])
+        return SimpleNamespace(end=fast.eos_token_id, template=fast.chat_template, given=given)
+
+    def evaluate(model, **_):
+        seen.append(model)
+        scores = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
+        return {"results": {"t": scores}, "n-samples": {"t": {"effective": 2}}, "versions": {}}
+
+    seen = []
+    monkeypatch.setattr("lm_eval.api.registry.get_model", {"vllm": engine}.get)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    monkeypatch.setattr(harness, "_manager", lambda *_: None)
+    base = talker.as_base(model, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    found = harness.lm_eval(str(base), ["t"], backend="vllm", adapter=str(adapter))
+    assert found["tasks"] == {"t": {"acc": {"value": 0.5, "stderr": None}}}
+    (lm,) = seen
+    assert (lm.end, lm.template) == (0, DEFAULT_TEMPLATE), "that template ends a turn with the tokenizer's own EOS"
+    assert (lm.given["pretrained"], lm.given["lora_local_path"], lm.given["max_lora_rank"]) == (str(base), str(adapter), 8)
+    assert lm.given["load_format"] == "safetensors" and not Path(lm.given["tokenizer"]).exists()
+
+
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_itself_agrees(tmp_path):
     pytest.importorskip("vllm")
-    folder = tiny.save(tmp_path / "m", seed=5)
+    folder = tiny.save(tmp_path / "m")
+    wider = AutoConfig.from_pretrained(folder, head_dim=64)  # vLLM's kernels take no narrower heads
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(wider).save_pretrained(folder)
     lora = talker.save_adapter(tmp_path / "lora", folder)
     for adapter in (None, str(lora)):
         options = dict(max_new_tokens=8, adapter=adapter, dtype="float32")
