@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +169,21 @@ def test_nan_names_the_row():
 
 IDS = [f"row-{i}" for i in range(10)]
 OPTIONS = dict(max_new_tokens=8, temperature=0.7, chunk=3)
+KILLED = """
+import os, signal
+from llmselect import backends
+from llmselect.generate import generate_to
+
+ran, real = [], backends.HFBackend.generate
+def generate(self, some, sampling):
+    if len(ran) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ran.append(some)
+    return real(self, some, sampling)
+
+backends.HFBackend.generate = generate
+generate_to({out!r}, {ids!r}, {prompts!r}, model={model!r}, **{options!r})
+"""
 
 
 def test_a_killed_file_goes_on_and_ends_with_the_same_bytes(model, tmp_path, monkeypatch):
@@ -176,29 +194,20 @@ def test_a_killed_file_goes_on_and_ends_with_the_same_bytes(model, tmp_path, mon
     assert rows == [{"id": i, "text": a.text, "tokens": len(a.tokens), "finish": a.finish}
                     for i, a in zip(IDS, answers, strict=True)]  # fmt: skip
 
-    ran, real = [], backends.HFBackend.generate
-
-    def killed_at(limit: int):
-        def run(self, some, sampling):
-            if len(ran) >= limit:
-                raise KeyboardInterrupt
-            ran.append([one.name for one in some])
-            return real(self, some, sampling)
-
-        monkeypatch.setattr(backends.HFBackend, "generate", run)
-
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    killed_at(2)
-    with pytest.raises(KeyboardInterrupt):
-        generate_to(out, IDS, prompts, model=str(model), **OPTIONS)
+    script = KILLED.format(out=str(out), ids=IDS, prompts=prompts, model=str(model), options=OPTIONS)
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert not out.exists() and part.read_bytes() == b"".join(whole.splitlines(True)[:6])
     part.write_bytes(part.read_bytes() + whole.splitlines(True)[6][:9])  # a kill in the middle of a write
-    killed_at(99)
+
+    ran, real = [], backends.HFBackend.generate
+    count = lambda self, some, sampling: ran.extend(one.name for one in some) or real(self, some, sampling)  # noqa: E731
+    monkeypatch.setattr(backends.HFBackend, "generate", count)
     generate_to(out, IDS, prompts, model=str(model), **OPTIONS)
     assert out.read_bytes() == whole and not part.exists()
-    assert [name for names in ran for name in names] == [f"prompts[{i}] ({IDS[i]})" for i in range(10)], "each row once"
-    killed_at(0)
-    assert generate_to(out, IDS, prompts, model=str(model), **OPTIONS).read_bytes() == whole
+    assert ran == [f"prompts[{i}] ({IDS[i]})" for i in range(6, 10)], "what was finished is not made again"
+    generate_to(out, IDS, prompts, model=str(model), **OPTIONS)
+    assert out.read_bytes() == whole and len(ran) == 4
 
 
 def test_a_file_made_from_something_else_is_refused(model, adapter, tmp_path):

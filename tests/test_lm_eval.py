@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 import talker
 import tiny
+from llmselect import harness
 from llmselect.chat import ChatEncoder
 from llmselect.cli import app
 from llmselect.errors import LlmselectError, MissingExtra, UsageError
 from llmselect.generate import generate
+from llmselect.harness import eval_results_yaml, lm_eval, span_scores
 from llmselect.pool import load_pool
 
 pytest.importorskip("lm_eval")
-from llmselect import harness
-from llmselect.harness import eval_results_yaml, lm_eval, span_scores
 
 
 @pytest.fixture(scope="module")
