@@ -198,14 +198,15 @@ def test_a_killed_file_goes_on_and_ends_with_the_same_bytes(model, tmp_path, mon
     script = KILLED.format(out=str(out), ids=IDS, prompts=prompts, model=str(model), options=OPTIONS)
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert not out.exists() and part.read_bytes() == b"".join(whole.splitlines(True)[:6])
-    part.write_bytes(part.read_bytes() + whole.splitlines(True)[6][:9])  # a kill in the middle of a write
+    rest = b"".join(whole.splitlines(True)[6:])
+    part.write_bytes(part.read_bytes() + rest[: rest.index(b"\n") + 9])  # a kill in the middle of a write
 
     ran, real = [], backends.HFBackend.generate
     count = lambda self, some, sampling: ran.extend(one.name for one in some) or real(self, some, sampling)  # noqa: E731
     monkeypatch.setattr(backends.HFBackend, "generate", count)
     generate_to(out, IDS, prompts, model=str(model), **OPTIONS)
     assert out.read_bytes() == whole and not part.exists()
-    assert ran == [f"prompts[{i}] ({IDS[i]})" for i in range(6, 10)], "what was finished is not made again"
+    assert ran == [f"prompts[{i}] ({IDS[i]})" for i in range(6, 10)], "whole chunks are not made again, a cut one is"
     generate_to(out, IDS, prompts, model=str(model), **OPTIONS)
     assert out.read_bytes() == whole and len(ran) == 4
 
