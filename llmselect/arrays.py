@@ -234,6 +234,8 @@ class Subset:
         self.shape, self.dtype, self.ndim = (len(rows), *array.shape[1:]), array.dtype, array.ndim
         if isinstance(array, SparseArray):
             self.width = array.width
+        if hasattr(array, "lazy"):
+            self.lazy = True
 
     def __len__(self) -> int:
         return len(self.rows)
