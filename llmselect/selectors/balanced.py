@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmselect.kernels.groups import rounds
 from llmselect.kernels.keyed import Keyed
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
@@ -29,11 +30,6 @@ class Balanced(Selector):
 
     def pick(self, k: int, rng: Keyed, *, groups: Any) -> Picked:
         names, group = np.unique(np.asarray(groups), return_inverse=True)
-        draw = rng.uniform("row")
-        by_group = np.lexsort((rng.keys, draw, group))
-        starts = np.searchsorted(group[by_group], np.arange(len(names)))
-        turn = np.empty(len(group), np.int64)
-        turn[by_group] = np.arange(len(group)) - starts[group[by_group]]
         # Within a round the groups come in a random order, or a small budget would always favour the same names.
-        order = np.lexsort((rng.keys, rng.uniform("round"), turn))
+        order = rounds(group, rng.uniform("row"), rng.uniform("round"), rng.keys)
         return Picked(order[:k], evidence={"group": names[group[order[:k]]]})
