@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.errors import LlmselectError
+from llmselect.kernels.topk import best_per_column
 
 BLOCK = 8192
 
@@ -54,20 +55,4 @@ def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -
 
     One pass over `x`; memory O(m · count + block · m).
     """
-    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in targets]
-    largest = np.empty(x.shape[0], np.float32)
-    for start, cosine in similarity_blocks(x, targets):
-        largest[start : start + len(cosine)] = cosine.max(1)
-        for j, (rows, values) in enumerate(held):
-            column = cosine[:, j]
-            if len(values) >= count:  # most blocks hold few rows that beat what is kept
-                better = np.flatnonzero(column >= values[-1])
-                if not len(better):
-                    continue
-            else:
-                better = np.arange(len(column))
-            rows = np.concatenate([rows, start + better])
-            values = np.concatenate([values, column[better]])
-            order = np.lexsort((keys[rows], -values))[:count]
-            held[j] = rows[order], values[order]
-    return [rows for rows, _ in held], largest
+    return best_per_column(similarity_blocks(x, targets), x.shape[0], len(targets), count, keys)

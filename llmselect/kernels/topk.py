@@ -1,6 +1,8 @@
-"""The k best scores in a total order."""
+"""The k best scores in a total order, of one column or of many that come in blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -29,3 +31,30 @@ def topk_stable(scores: np.ndarray, k: int, keys: np.ndarray, *, largest: bool =
     else:
         candidates = np.arange(len(value))
     return candidates[np.lexsort((candidates, keys[candidates], value[candidates]))].astype(np.int64)
+
+
+def best_per_column(
+    blocks: Iterable[tuple[int, np.ndarray]], n: int, columns: int, count: int, keys: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The `count` best rows of each column, best first (ties by key), and each row's largest value `[n]` float32.
+
+    Args:
+        blocks: `(first row, finite values [b, columns])` over all `n` rows, read once; memory O(columns · count).
+    """
+    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in range(columns)]
+    largest = np.empty(n, np.float32)
+    for start, block in blocks:
+        largest[start : start + len(block)] = block.max(1)
+        for j, (rows, values) in enumerate(held):
+            column = block[:, j]
+            if len(values) >= count:  # most blocks hold few rows that beat what is kept
+                better = np.flatnonzero(column >= values[-1])
+                if not len(better):
+                    continue
+            else:
+                better = np.arange(len(column))
+            rows = np.concatenate([rows, start + better])
+            values = np.concatenate([values, column[better]])
+            order = np.lexsort((keys[rows], -values))[:count]
+            held[j] = rows[order], values[order]
+    return [rows for rows, _ in held], largest
