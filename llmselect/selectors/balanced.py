@@ -1,8 +1,9 @@
 """Random rows with equal shares of every source.
 
-Paper: the "balanced" random baseline of arXiv 2503.01807, section 4.
+Paper: the "balanced" random baseline of arXiv 2503.01807, section 4. With clusters of loss trajectories as
+    groups it is S2L, arXiv 2403.07384.
 Objective: waterfill k over the groups: shares as equal as the sizes allow; uniform inside each group.
-Inputs: `groups [n]`, the source of each row.
+Inputs: `groups [n]`, the source, or cluster, of each row.
 Cost: O(n log n).
 Deviations: the order is nested: every prefix has waterfill shares up to the one row that the division leaves over.
 Defaults: none.
