@@ -1,6 +1,6 @@
 """Hashed n-gram counts of a row's text.
 
-Paper: the features of DSIR, Xie et al., arXiv 2302.03169, section 3.2.
+Paper: the features of DSIR, Xie et al., arXiv 2302.03169.
 Objective: the text in lower case, split into runs of word characters and runs of other visible characters; an n-gram is
     1 … `order` neighbouring words joined by a space; its bucket is SHA-256 of its UTF-8 bytes, as a big-endian number,
     modulo `buckets`; c_b counts the n-grams in bucket b.

@@ -81,7 +81,7 @@ def concave_greedy(rows: Csr, spread: Any, k: int, keys: np.ndarray, power: floa
     back = spread.tocsc()
     order, gains = np.empty(k, np.int64), np.empty(k)
     evaluated = _run(
-        (rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data.astype(np.float64)),
+        (np.asarray(rows.indptr, np.int64), np.asarray(rows.indices, np.int32), np.asarray(rows.data, np.float64)),
         (spread.indptr.astype(np.int64), spread.indices.astype(np.int32), spread.data.astype(np.float64)),
         (back.indptr.astype(np.int64), back.indices.astype(np.int32)),
         keys.astype(np.uint64),

@@ -1,7 +1,7 @@
 """Rows that a search for the target rows finds: Okapi BM25 on n-gram counts.
 
 Paper: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", FnTIR 3(4), 2009, section 3; the
-    baseline of Xia et al., "LESS", arXiv 2402.04333, section 5.
+    baseline of Xia et al., "LESS", arXiv 2402.04333.
 Objective: s_ij = Σ_b t_jb · idf_b · c_ib (k₁ + 1) / (c_ib + k₁ (1 - b + b |c_i| / mean |c|)) of row counts c_i and target
     counts t_j, idf_b = ln(1 + (n - n_b + ½) / (n_b + ½)), n_b the rows that hold bucket b. `round_robin`: every target
     row is a query and gives its best row not yet taken, turns going from group to group; `mean` or `max` of s_ij over

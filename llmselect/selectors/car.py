@@ -1,7 +1,7 @@
 """The best rows by a score, and the best of every cluster.
 
 Paper: CaR of Ge et al., "Clustering and Ranking: Diversity-preserved Instruction Selection through Expert-aligned
-    Quality Estimation", arXiv 2402.18191, section 3.
+    Quality Estimation", arXiv 2402.18191.
 Objective: n₁ rows of the largest quality of all, and n₂ of the largest quality of each cluster.
 Inputs: `quality [n]`; `groups [n]`, the cluster (or source) of each row.
 Cost: O(n log n).

@@ -1,6 +1,6 @@
 """Coverage-centric selection: the hardest rows dropped, the others spread evenly over the range of the score.
 
-Paper: Zheng et al., "Coverage-centric Coreset Selection for High Pruning Rates", arXiv 2210.15809, section 4.
+Paper: Zheng et al., "Coverage-centric Coreset Selection for High Pruning Rates", arXiv 2210.15809.
 Objective: drop the ⌊βn⌋ hardest rows; cut the scores of the others into `bins` strata; waterfill k over the strata,
     uniform inside each.
 Inputs: `x [n]`, any score; `hard` tells which end is the hard one.

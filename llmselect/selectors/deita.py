@@ -1,6 +1,6 @@
 """The best rows by a score, without those that are too near to a better one.
 
-Paper: DEITA of Liu et al., "What Makes Good Data for Alignment?", arXiv 2312.15685, section 3 (score first, diversity
+Paper: DEITA of Liu et al., "What Makes Good Data for Alignment?", arXiv 2312.15685 (score first, diversity
     aware).
 Objective: go through the rows from the best score down; keep a row if its cosine to every row kept before is at most
     `limit`; stop at k.

@@ -1,6 +1,6 @@
 """Rows drawn by the importance of their n-grams: how much likelier the target's distribution makes them than the pool's.
 
-Paper: DSIR of Xie et al., "Data Selection for Language Models via Importance Resampling", arXiv 2302.03169, section 3.
+Paper: DSIR of Xie et al., "Data Selection for Language Models via Importance Resampling", arXiv 2302.03169.
 Objective: with counts c of hashed n-grams, p of all target rows together and q of the pool:
     log w_i = Σ_b c_ib (log p_b - log q_b); k rows drawn without replacement with probability ∝ w^κ, by Gumbel top-k.
 Inputs: `x [n, buckets]` ≥ 0, sparse or dense (the `ngram` feature); `target [m, buckets]`.

@@ -1,7 +1,7 @@
 """Rows of many tags first, each adding a tag that the rows before it lack.
 
 Paper: InsTag of Lu et al., "#InsTag: Instruction Tagging for Analyzing Supervised Fine-tuning of LLMs", arXiv
-    2308.07074, section 4.1 (complexity-first diverse sampling).
+    2308.07074 (complexity-first diverse sampling).
 Objective: order rows by their number of tags, most first. Go through them and take a row if one of its tags is in no row
     taken in this pass; after the last row begin a new pass over the rows left, with no tag seen; until k are taken.
 Inputs: `x [n, tags]` ≥ 0, sparse or dense: a row has the tags whose value is above 0.

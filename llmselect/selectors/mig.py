@@ -1,7 +1,7 @@
 """Rows that add most information over a graph of tags, weighted by quality.
 
 Paper: MIG of Chen et al., "MIG: Automatic Data Selection for Instruction Tuning by Maximizing Information Gain in
-    Semantic Space", arXiv 2504.13835, section 3.
+    Semantic Space", arXiv 2504.13835.
 Objective: v_ij = s_i·x_ij of quality s and tags x; W_jl the similarity of two tags where it is above τ, else 0, W_jj = 1,
     off the diagonal times α; P = W with columns that sum to 1; maximise Σ_l φ(Σ_{i∈S} (vP)_il), φ(z) = (z + 1e-6)^0.8, by
     the largest linearised gain Σ_l φ'(Z_l) (vP)_il at each step.
