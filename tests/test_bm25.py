@@ -88,6 +88,13 @@ def test_a_rare_term_decides_and_a_longer_row_counts_less():
     assert made.scores[7] > 5 * made.scores[0] > 0
 
 
+def test_zeros_that_are_stored_are_no_terms():
+    x = counts(9, 30)
+    stored = csr_array((x.ravel(), np.tile(np.arange(12), 30), np.arange(31) * 12), shape=x.shape)
+    assert stored.nnz == 360 > np.count_nonzero(x)
+    assert np.array_equal(*(Bm25().select(5, x=one, target=counts(10, 2)).scores for one in (x, stored)))
+
+
 def test_mistakes_are_named():
     with pytest.raises(LlmselectError, match=r"target rows \[1\]"):
         Bm25().select(2, x=counts(0, 5), target=np.array([[1.0] * 12, [0.0] * 12]))

@@ -46,12 +46,14 @@ def test_deita_keeps_what_is_far_from_every_better_row(seed, n, limit, block):
             assert np.allclose(made.evidence["cosine"], near, atol=1e-6)
 
 
-def test_deita_drops_copies_whatever_their_length_and_a_limit_of_1_drops_none():
-    x = np.random.default_rng(0).standard_normal((50, 8))
-    x[25:] = 3.7 * x[:25]
-    quality = np.arange(50.0)
-    assert Deita(limit=0.999).select(25, x=x, quality=quality).indices.tolist() == list(range(49, 24, -1))
-    assert Deita(limit=1.0).select(50, x=x, quality=quality).indices.tolist() == list(range(49, -1, -1))
+@pytest.mark.parametrize("block", [1, 1024])
+def test_deita_drops_copies_whatever_their_length_and_a_limit_of_1_drops_none(block, monkeypatch):
+    monkeypatch.setattr(filtering, "BLOCK", block)
+    x = np.random.default_rng(0).standard_normal((300, 9))
+    x[150:] = 3.7 * x[:150]
+    quality = np.arange(300.0)
+    assert Deita(limit=0.9999).select(150, x=x, quality=quality).indices.tolist() == list(range(299, 149, -1))
+    assert Deita(limit=1.0).select(300, x=x, quality=quality).indices.tolist() == list(range(299, -1, -1))
 
 
 def test_deita_stops_reading_when_it_has_enough(monkeypatch):
@@ -123,8 +125,12 @@ def test_instag_is_the_procedure_of_the_paper(seed, n, tags, share, sparse):
 
 
 def test_instag_ignores_zeros_that_are_stored():
-    x = csr_array((np.array([1.0, 0, 0, 1]), np.array([0, 1, 2, 1]), np.array([0, 3, 4])), shape=(2, 3))
-    assert InsTag().select(2, x=x).evidence["tags"].tolist() == [1, 1]
+    rows = [([0, 1], [1, 1]), ([0, 2, 3], [1, 0, 0]), ([2], [1])]  # with its zeros row 1 would have most tags, two of them new
+    columns, values = (np.concatenate([row[i] for row in rows]) for i in (0, 1))
+    made = InsTag().select(3, x=csr_array((values.astype(float), columns, np.array([0, 2, 5, 6])), shape=(3, 4)))
+    assert made.indices.tolist() == [0, 2, 1]
+    assert made.evidence["tags"].tolist() == [2, 1, 1]
+    assert made.evidence["round"].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("cls", "wrong"), [(Deita, {"limit": 1.1}), (Car, {"share": -0.1}), (Car, {"share": 2})])

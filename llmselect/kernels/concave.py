@@ -52,15 +52,15 @@ def _run(rows, spread, back, keys, power, order, gains):  # pragma: no cover - c
     heapq.heapify(heap)
     evaluated = 0
     for step in range(len(order)):
-        while True:  # gains only fall, so one that stays on top when it is computed anew is the largest
+        for _ in range(len(heap) + 1):  # gains only fall, so one that stays on top when it is computed anew is the largest
             i = heap[0][2]
             gain = _sum(rows, i, worth)
             evaluated += 1
             heapq.heapreplace(heap, (-gain, keys[i], i))
             if heap[0][2] == i:
                 break
-        heapq.heappop(heap)
-        order[step], gains[step] = i, gain
+        bound, _, i = heapq.heappop(heap)
+        order[step], gains[step] = i, -bound
         _take(rows, spread, back, i, power, mass, slope, worth)
     return evaluated
 
