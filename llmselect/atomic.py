@@ -50,6 +50,12 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def move(beside: Path | str, path: Path | str) -> None:
+    """Give a finished, synced file its place."""
+    os.replace(beside, path)
+    _sync_folder(Path(path).parent)
+
+
 def sha256_file(path: Path | str) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
     with Path(path).open("rb") as file:

@@ -113,18 +113,29 @@ class ChatEncoder:
                  str(self.max_length), str(RULES))  # fmt: skip
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The chat as text.
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The chat as text; with `add_generation_prompt` it ends where the assistant is to go on.
 
         Errors: `LlmselectError` when the template refuses the conversation (roles that must alternate, say).
         """
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False)
+            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False,
+                                                      add_generation_prompt=add_generation_prompt)  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(m["role"] for m in messages)
             raise LlmselectError(f"the chat template refuses a conversation of roles [{roles}]: {error}") from error
+
+    def turn_end(self) -> int | None:
+        """Id of the added token with which the template ends a turn of the assistant; None when there is none."""
+        try:
+            layout = self._layout([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}])
+        except LlmselectError:
+            return None
+        mark = layout.text[layout.contents[-1][1] : layout.supervised[-1][1]].strip()
+        # A base model's tokenizer may hold the mark among its added tokens and yet not call it special.
+        return self.tokenizer.get_added_vocab().get(mark)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Tokens and masks of each conversation, cut to `max_length`."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmselect import cli_models
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -162,6 +163,8 @@ def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")]
     for one in about["parameters"]:
         print(f"  {one['name']:<16} {one['default']!s:<14} {one['help'] or one['type']}")
 
+
+cli_models.add_to(app)
 
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
 app.add_typer(sae_app, name="sae")

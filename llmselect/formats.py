@@ -48,6 +48,25 @@ def to_messages(row: Any, columns: Mapping[str, str] | None = None) -> list[Mess
     return _checked(_turns(row))
 
 
+def to_prompt(row: Any) -> list[Message]:
+    """The turns of a row that a model is to answer: its conversation without the assistant's turns that end it.
+
+    Errors: `Invalid` with the reason.
+    """
+    if not isinstance(row, Mapping):
+        raise Invalid("not_an_object", f"a row is an object with named fields, this is {type(row).__name__}")
+    turns = _turns(row)
+    while turns and isinstance(turns[-1], Mapping) and _role(turns[-1]) == "assistant":
+        turns.pop()  # what is there is the reference: the model must not see it
+    if not turns:
+        raise Invalid("no_prompt", "there is no turn before the assistant's to answer")
+    return [_message(turn, i) for i, turn in enumerate(turns)]
+
+
+def _role(turn: Mapping[str, Any]) -> str | None:
+    return ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+
+
 def _turns(row: Mapping[str, Any]) -> list[Any]:
     for name in ("messages", "conversations", "conversation"):
         if row.get(name) is not None:

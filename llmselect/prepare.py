@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import io
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
+from llmselect.arrays import Subset, fold_ids
 from llmselect.errors import LlmselectError
 from llmselect.readers import stamps
 from llmselect.recipe import PoolSource
@@ -112,6 +114,38 @@ def set_aside(run: Run, features: list[str]) -> None:
     entries = [{"kind": "non_finite", "reason": "non_finite", "detail": f"{where} holds NaN or infinity",
                 "origin": f"usable row {row}", "id": row_id} for row, where, row_id in sorted(found)]  # fmt: skip
     _replace_lines(run.folder / "quarantine.jsonl", "non_finite", entries)
+
+
+def semantic_duplicates(run: Run) -> np.ndarray | None:
+    """The semantic duplicates of the recipe's `dedup:` section, found once; all of them in `semantic_duplicates.parquet`."""
+    recipe, file = run.recipe, run.folder / "semantic_duplicates.parquet"
+    if recipe.dedup is None:
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from llmselect import semdedup
+
+    x: Any = run.store[recipe.dedup.x]
+    names = [name for name in (recipe.dedup.x, recipe.dedup.quality) if name]
+    specs = {name: dict(run.store.open(name.partition(".")[0]).spec) for name in names}
+    key = config.fingerprint({"dedup": config.to_dict(recipe.dedup), "features": specs})
+    if file.exists() and (pq.read_schema(file).metadata or {}).get(b"key", b"").decode() == key:
+        return pq.read_table(file)["index"].to_numpy()
+    good = np.delete(np.arange(len(x)), x.non_finite)
+    asked = recipe.dedup
+    quality = None if asked.quality is None else run.store[asked.quality][good]
+    with run.timed("dedup"):
+        found = semdedup.semantic_duplicates(Subset(x, good), asked.threshold, clusters=asked.clusters, quality=quality,
+                                             ids=fold_ids(x.ids.raw)[good])  # fmt: skip
+    dropped, nearest = good[found.dropped], good[found.nearest]
+    table = pa.table({"index": dropped, "id": x.ids[dropped], "nearest": nearest, "nearest_id": x.ids[nearest],
+                      "cosine": found.cosine})  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"key": key}), buffer)
+    atomic.write_bytes(file, buffer.getvalue())
+    log.info("%d of %d rows are semantic duplicates and will not be selected: %s", len(found), len(x), file)
+    return dropped
 
 
 def _replace_lines(quarantine: Path, kind: str, entries: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmselect import config
 from llmselect.errors import UsageError, nearest
+from llmselect.mixing import Limits
 from llmselect.registry import extractors, selectors
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
+_METHOD_KEYS = ("budget", "limits")  # of any method
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class TargetSource:
 
 
 @dataclass(frozen=True)
+class Dedup:
+    """Drop rows that mean the same as a row that stays (SemDeDup), by the cosine of a feature."""
+
+    x: str = field(metadata={"help": "a feature, e.g. an embedding"})
+    threshold: float = field(default=0.95, metadata={"help": "cosine above which rows count as the same"})
+    clusters: int | None = field(default=None, metadata={"help": "rows are compared inside clusters; null: one per 1,000 rows"})
+    quality: str | None = field(default=None, metadata={"help": "feature of which the best row stays; null: a random one"})
+
+
+@dataclass(frozen=True)
 class Warmup:
     """Fine-tune on a random part of the pool first; features with `adapter: warmup` see that model."""
 
@@ -80,6 +92,7 @@ class Recipe:
     seeds: list[int] = field(default_factory=lambda: [0])
     train: Train = field(default_factory=Train)
     full: bool = field(default=True, metadata={"help": "also train on the whole pool, at the same token budget"})
+    dedup: Dedup | None = field(default=None, metadata={"help": "semantic duplicates are never selected"})
     warmup: Warmup | None = None
     sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
@@ -114,11 +127,21 @@ class Recipe:
         options = dict(self.methods[name])
         cls = _named(selectors, options.pop("selector", None), where, "selector")
         reads = {key: options.pop(key) for key in _INPUT_KEYS if key in options}
-        known = [f.name for f in fields(cls)] + list(_INPUT_KEYS)
+        options = {key: value for key, value in options.items() if key not in _METHOD_KEYS}
+        known = [f.name for f in fields(cls)] + list(_INPUT_KEYS + _METHOD_KEYS)
         for key in options:
             if key not in known:
                 raise UsageError(f"{where}.{key}: unknown key.{nearest(key, known)} Allowed: {', '.join(sorted(known))}")
         return config.from_dict(cls, options, where), reads
+
+    def budget_of(self, name: str) -> Any:
+        """The budget of method `name`: its own, or that of the recipe."""
+        return self.methods[name].get("budget", self.budget)
+
+    def limits_of(self, name: str) -> Limits | None:
+        """The limits of method `name` on sources and targets, if it has some."""
+        given = self.methods[name].get("limits")
+        return None if given is None else config.from_dict(Limits, given, f"methods.{name}.limits")
 
     def check(self) -> None:
         """Everything that can be wrong without reading data or loading a model.
@@ -150,6 +173,7 @@ class Recipe:
                 raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:
             self._check_method(name)
+        self._check_dedup()
         validate(self.train)
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
@@ -168,6 +192,9 @@ class Recipe:
 
     def _check_method(self, name: str) -> None:
         selector, reads = self.selector(name)
+        _prefixed(f"methods.{name}.budget", lambda: Budget.parse(self.budget_of(name)))
+        if (limits := self.limits_of(name)) and (unknown := set(limits.quotas) - set(self.targets)):
+            raise UsageError(f"methods.{name}.limits.quotas.{min(unknown)}: no such target; there are {list(self.targets)}")
         inputs = inputs_of(type(selector))
         for key in reads:
             if key not in inputs:
@@ -179,6 +206,18 @@ class Recipe:
             if str(feature).partition(".")[0] not in self.features:
                 raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
                                  f"There are: {list(self.features)}")  # fmt: skip
+
+
+    def _check_dedup(self) -> None:
+        if self.dedup is None:
+            return
+        for key in ("x", "quality"):
+            feature = getattr(self.dedup, key)
+            if feature is not None and feature.partition(".")[0] not in self.features:
+                raise UsageError(f"dedup.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
+                                 f"There are: {list(self.features)}")  # fmt: skip
+        if not 0 < self.dedup.threshold < 1:
+            raise UsageError(f"dedup.threshold: {self.dedup.threshold} must lie between 0 and 1")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

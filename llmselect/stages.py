@@ -30,7 +30,8 @@ import numpy as np
 
 from llmselect import atomic, config
 from llmselect.errors import LlmselectError, UsageError
-from llmselect.prepare import set_aside
+from llmselect.mixing import select_within
+from llmselect.prepare import semantic_duplicates, set_aside
 from llmselect.recipe import Recipe
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import inputs_of
@@ -175,17 +176,26 @@ def _select(run: Run, method: str, seed: int) -> None:
     selector, reads = run.recipe.selector(method)
     specs = {key: dict(run.store.open(name.partition(".")[0]).spec) for key, name in reads.items()}
     key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
-           "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget).plain()}  # fmt: skip
+           "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
+    limits, dropped = run.recipe.limits_of(method), semantic_duplicates(run)
+    if limits is not None:
+        key["limits"] = config.to_dict(limits)
+    if dropped is not None:
+        key["dedup"] = config.to_dict(run.recipe.dedup)
     if (out / "selection.json").exists():
         if lines := config.difference(Selection.load(out).provenance["key"], json.loads(json.dumps(key))):
             raise LlmselectError(f"{out} was selected otherwise:\n  " + "\n  ".join(lines)
                                  + "\nDelete it, or give the run another out=.")  # fmt: skip
         return
     start = time.monotonic()
-    inputs = _inputs(run, type(selector), reads)
+    inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
+              "exclude": dropped, **_inputs(run, type(selector), reads)}  # fmt: skip
     try:
-        made = selector.select(run.recipe.budget, seed=seed, ids=run.store.open(TOKENS).ids,
-                               cost=np.asarray(run.store[f"{TOKENS}.supervised"]), **inputs)  # fmt: skip
+        if limits is None:
+            made = selector.select(run.recipe.budget_of(method), **inputs)
+        else:
+            inputs |= {"groups": _shared(run.pool, "source"), "target_groups": np.asarray(run.target["group"])}
+            made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
     evidence = {**made.evidence, **_top_tokens(run, reads, made)}

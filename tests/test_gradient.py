@@ -69,7 +69,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
     return bool(np.abs(found - expected).max() < 1e-5 * max(1.0, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"last_blocks": 1}, {"layers_like": "q_proj|down_proj"}])
+@pytest.mark.parametrize("options", [{}, {"last_blocks": 1}, {"layers_like": "q_proj|down_proj"}, {"packed": True}])
 @pytest.mark.parametrize("batch_tokens", [1, 3000])
 def test_rows_without_projection_are_autograds(folder, pool, target, tmp_path, options, batch_tokens):
     one = E.Gradient(model=folder, k=None, dim=None, store="float32", **options)
@@ -79,7 +79,7 @@ def test_rows_without_projection_are_autograds(folder, pool, target, tmp_path, o
     layers = gradients.choose(backbone, one.layers_like, one.last_blocks)
     expected = [exact(backbone, m, {name: layer.weight for name, layer in layers.items()}) for m in pool["messages"]]
     flat = np.stack([torch.cat([g.flatten() for g in row.values()]).numpy() for row in expected])
-    assert len(layers) == {"": 21, "last_blocks": 7, "layers_like": 6}["".join(options)]
+    assert len(layers) == {"": 21, "last_blocks": 7, "layers_like": 6, "packed": 21}["".join(options)]
     assert close(store["g"][:], unit(flat))
     assert np.allclose(store["g.norm"][:][:, 0], np.linalg.norm(flat, axis=1), rtol=1e-4)
 

@@ -21,6 +21,8 @@ LEVELS = (
     {"extractors", "selectors"},
     {
         "stages",
+        "mixing",
+        "semdedup",
         "prepare",
         "recipe",
         "refine",
@@ -30,7 +32,9 @@ LEVELS = (
         "token_batches",
         "token_trainer",
         "adapter_card",
+        "backends",
         "generate",
+        "harness",
         "evaluate",
         "report",
         "hub",
@@ -39,7 +43,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "__main__"},
+    {"cli", "cli_models", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}

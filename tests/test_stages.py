@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.evaluate import bootstrap
 from llmselect.prepare import prepare
 from llmselect.recipe import load_recipe
@@ -93,6 +93,59 @@ def test_warm_up_changes_the_scores_and_evidence_reaches_the_selection(tmp_path,
     assert selection.evidence["top_token"].shape == (len(selection), 2, 4)
     np.testing.assert_array_equal(selection.evidence["top_token"], run.store["warm.top_token"][selection.indices])
     np.testing.assert_allclose(selection.evidence["score"], warm[selection.indices, selection.evidence["group"]])
+
+
+def test_duplicates_in_meaning_limits_and_a_budget_of_ones_own(tmp_path, tiny_model):
+    chats = tiny.chats(40)
+    chats += [[{**turn, "content": turn["content"] + " ."} for turn in chat] for chat in chats[:8]]
+    more = {
+        "features": {"emb": {"extractor": "embedding"}},
+        "dedup": {"x": "emb", "threshold": 0.92},
+        "methods": {
+            "all": {"selector": "random", "budget": "100%"},
+            "few": {"selector": "random", "limits": {"proportions": {"s0": 0.5, "s1": 0.5}}},
+            "split": {"selector": "similarity", "combine": "max", "x": "emb", "limits": {"quotas": {"t": 0.75, "u": 0.25}}},
+        },
+        "budget": 8,
+    }
+    run = Run(recipe_of(tmp_path, tiny_model, chats, **more))
+    prepare(run)
+    extract_stage(run)
+    select_stage(run)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(run.folder / "semantic_duplicates.parquet").to_pydict()
+    ids, pool = table["id"], list(run.pool["id"])
+    assert len(ids) == 6 and [pool[i] for i in table["index"]] == ids
+    assert [pool[i] for i in table["nearest"]] == table["nearest_id"]
+    x = np.asarray(run.store["emb"][:], np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    assert np.allclose((x[table["index"]] * x[table["nearest"]]).sum(1), table["cosine"], atol=1e-5)
+    made = {name: Selection.load(run.folder / "selections" / name / "seed-0") for name in more["methods"]}
+    assert not any(set(one.ids) & set(ids) for one in made.values())
+    assert len(made["all"]) == len(pool) - len(ids) and not set(made["all"].ids) & set(ids)
+    sources = np.array(run.pool["source"])
+    assert sorted(sources[made["few"].indices].tolist()) == ["s0"] * 4 + ["s1"] * 4
+    assert sorted(made["split"].evidence["quota"].tolist()) == ["t"] * 6 + ["u"] * 2
+    select_stage(run)  # finds everything as it is
+    changed = recipe_of(tmp_path, tiny_model, chats, **{**more, "dedup": {"x": "emb", "threshold": 0.9}})
+    with pytest.raises(LlmselectError, match="dedup"):
+        select_stage(Run(changed))
+
+
+@pytest.mark.parametrize(
+    "more,told",
+    [
+        ({"dedup": {"x": "embb"}}, r"dedup\.x: no feature 'embb'"),
+        ({"dedup": {"x": "emb", "threshold": 2}}, r"dedup\.threshold: 2"),
+        ({"methods": {"r": {"selector": "random", "limits": {"quotas": {"v": 1}}}}}, r"r\.limits\.quotas\.v: no such target"),
+        ({"methods": {"r": {"selector": "random", "limits": {"cap": {"a": 1}}}}}, r"methods\.r\.limits\.cap: unknown key"),
+        ({"methods": {"r": {"selector": "random", "budget": "200%"}}}, r"methods\.r\.budget"),
+    ],
+)
+def test_mistakes_in_limits_and_duplicates_are_named(tmp_path, tiny_model, more, told):
+    with pytest.raises(UsageError, match=told):
+        recipe_of(tmp_path, tiny_model, tiny.chats(3), **{"features": {"emb": {"extractor": "embedding"}}, **more})
 
 
 def test_bootstrap_interval_covers_and_matches_the_normal_one():

@@ -100,10 +100,14 @@ class Backbone:
                 pass
         return kept
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Final states `[B, T, d]` of the body, after its last norm."""
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, packed: bool = False) -> torch.Tensor:
+        """Final states `[B, T, d]` of the body, after its last norm; `packed` runs the rows as one sequence without padding."""
         # Padding on the left shifts absolute positions unless they are counted from the first real token.
         position = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        if packed:
+            # Positions that start again keep the rows apart, but only without a mask and without a cache.
+            line = dict(input_ids=ids[mask][None], attention_mask=None, position_ids=position[mask][None])
+            return unpack(self.body(**line, use_cache=False).last_hidden_state, mask)
         # A mask of ones only slows attention down: without one the fused causal kernel runs.
         attention = None if bool(mask.all()) else mask.long()
         return self.body(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False).last_hidden_state
@@ -130,6 +134,11 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def unpack(line: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values `[1, N, d]` of a packed line as padded rows `[B, T, d]`, 0 where `mask [B, T]` has no token."""
+    return line.new_zeros(*mask.shape, line.shape[-1]).masked_scatter(mask[..., None], line)
 
 
 def default_device() -> str:

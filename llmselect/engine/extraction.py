@@ -14,6 +14,7 @@ from llmselect import atomic
 from llmselect.arrays import digest_ids
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.passes import Pass, default_batch_tokens, fit
+from llmselect.engine.selfcheck import warn_of_dependence
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.store import SHARD_ROWS, FeatureStore
 
@@ -99,6 +100,8 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
     incomplete = [name for name in specs if run.features[name].missing()]
     if any(run.extractors[name].fits and name not in run.states for name in incomplete):
         _fit(run, store, target, process, pool)
+    if suffix and incomplete and process.is_main_process and run.backbone.dtype != torch.float32:
+        warn_of_dependence(run, data)
     label = "target rows" if suffix else f"{', '.join(run.extractors)}: pool rows"
     run.run(data, label, process.process_index, process.num_processes, process.wait_for_everyone)
     process.wait_for_everyone()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmselect.engine.backbone import unpack
 from llmselect.engine.head import CHUNK_LOGITS, check_head, logits
 from llmselect.errors import LlmselectError, UsageError
 
@@ -70,8 +71,12 @@ def _refuse_shared(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> No
 
 
 @contextmanager
-def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink) -> Iterator[None]:
-    """Call `sink` with each layer's input (after `reduce`) and output gradient as backward passes it."""
+def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink, packed: torch.Tensor | None) -> Iterator[None]:
+    """Call `sink` with each layer's input (after `reduce`) and output gradient as backward passes it.
+
+    With `packed [B, T]`, the mask of the rows of a packed line, `sink` sees them as padded rows.
+    """
+    rows = (lambda line: line) if packed is None else (lambda line: unpack(line, packed))
     seen: set[str] = set()
 
     def forward(name: str) -> Any:
@@ -81,7 +86,7 @@ def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink) -> 
             seen.add(name)
             # Reduced here: between forward and backward only the smaller side is kept.
             kept = reduce(name, args[0].detach())
-            out.register_hook(lambda gradient: sink(name, kept, gradient.detach()))
+            out.register_hook(lambda gradient: sink(name, rows(kept), rows(gradient.detach())))
 
         return hook
 
@@ -111,16 +116,17 @@ def _graph_from(block: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink,
-                  sample: torch.Generator | None = None) -> torch.Tensor:  # fmt: skip
+                  sample: torch.Generator | None = None, packed: bool = False) -> torch.Tensor:  # fmt: skip
     """One forward and one backward of the sum over rows of the row's mean response loss; layers report to `sink`.
 
-    With `sample` the labels are drawn from the model's own predictions. Returns the mean response loss of each row `[B]`;
+    With `sample` the labels are drawn from the model's own predictions; `packed` runs the rows as one sequence without
+    padding. Returns the mean response loss of each row `[B]`;
     NaN for a row without response tokens, whose gradient is 0.
     """
     check_head(backbone)
     lowest = next(block for block in backbone.blocks if any(m in set(layers.values()) for m in block.modules()))
-    with torch.enable_grad(), _watched(layers, reduce, sink), _graph_from(lowest) as start:
-        states = backbone.forward(batch.ids, batch.mask)
+    with torch.enable_grad(), _watched(layers, reduce, sink, batch.mask if packed else None), _graph_from(lowest) as start:
+        states = backbone.forward(batch.ids, batch.mask, packed)
         supervised = batch.response[:, 1:]
         row, column = supervised.nonzero(as_tuple=True)
         count = supervised.sum(1)

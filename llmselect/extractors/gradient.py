@@ -61,6 +61,7 @@ class Gradient(Extractor):
     rank: int = field(default=8, metadata={"help": "of the new adapter when there is no checkpoint"})
     fisher_rows: int = field(default=256, metadata={"help": "pool rows that ekfac's Fisher is estimated on"})
     damping: float = field(default=0.1, metadata={"help": "of ekfac, as a share of a layer's mean eigenvalue"})
+    packed: bool = field(default=False, metadata={"help": "rows of a batch as one sequence without padding"})
     store: Literal["int8", "float16", "float32"] = "int8"
     seed: int = 0
 
@@ -149,7 +150,8 @@ class Gradient(Extractor):
             step = one.moments if one is not None and batch.side == "pool" else None
             curvature = (state, self.damping) if self.fits and batch.side == "target" else None
             projection.start(len(batch.ids), step, curvature)
-            loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink)
+            loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink,
+                                           packed=self.packed)  # fmt: skip
             norm = projection.out.norm(dim=1, keepdim=True)
             parts.append(share * projection.out / norm.clamp_min(1e-30))
             norms.append(norm.masked_fill(loss.isnan()[:, None], float("nan")))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.errors import LlmselectError
-from llmselect.kernels.topk import best_per_column
+from llmselect.kernels.topk import Best, best_per_column
 
 BLOCK = 8192
 
@@ -35,13 +35,15 @@ def unit_targets(target: Any) -> np.ndarray:
     return unit(target)
 
 
-def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+def similarity_blocks(x: Any, targets: np.ndarray, block: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `(start, cosine [b, m])` over the rows of array-like `x [n, d]`, for unit `targets [m, d]`.
 
     Errors: `LlmselectError` naming pool rows that are not finite.
     """
+    block = block or max(256, min(BLOCK, (1 << 20) // max(1, targets.shape[1])))  # 8 MB: what a cache may hold
     for start in range(0, x.shape[0], block):
-        part = unit(x[start : start + block])
+        part = x[start : start + block]
+        part = part if getattr(x, "unit_rows", False) else unit(part)
         # In fp64 and then rounded: a GEMM rounds a row by where it lies in a tile, and equal rows must tie.
         cosine = (part @ targets.T).astype(np.float32)
         if not np.isfinite(cosine).all():
@@ -50,8 +52,9 @@ def similarity_blocks(x: Any, targets: np.ndarray, block: int = BLOCK) -> Iterat
         yield start, cosine
 
 
-def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The `count` nearest pool rows of each target, best first (ties by key), and each row's largest cosine `[n]`.
+def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[Best, np.ndarray]:
+    """The `count` nearest pool rows of each target with their cosines, best first (ties by key), and each row's largest
+    cosine `[n]`.
 
     One pass over `x`; memory O(m · count + block · m).
     """

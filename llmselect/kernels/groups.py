@@ -38,6 +38,29 @@ def rounds(group: np.ndarray, within: np.ndarray, between: np.ndarray, keys: np.
     return np.lexsort((keys, between, turn))
 
 
+def apportion(k: int, weights: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Shares `[B]` of `k` in proportion to `weights [B]` ≥ 0, at most `sizes [B]`, summing to min(k, Σ sizes).
+
+    Largest remainder (Hamilton); what a full group cannot take is divided among the others in the same way. Ties go to the
+    earlier group. Groups of weight 0 are served last, in proportion to their size.
+    """
+    sizes, weights = np.asarray(sizes, np.int64), np.asarray(weights, np.float64)
+    out, rest = np.zeros(len(sizes), np.int64), min(int(k), int(sizes.sum()))
+    while rest:
+        free = sizes - out
+        share = np.where(free > 0, weights, 0)
+        share = share if share.sum() > 0 else free.astype(np.float64)
+        quota = rest * (share / share.sum())
+        more = np.minimum(np.floor(quota + 1e-9).astype(np.int64), free)
+        left = np.argsort(-(quota - more), kind="stable")
+        left = left[((free - more)[left] > 0) & (share[left] > 0)][: rest - int(more.sum())]
+        if (quota <= free).all() or not more.sum():
+            more[left] += 1
+        out += more
+        rest -= int(more.sum())
+    return out
+
+
 def round_robin(lists: Sequence[np.ndarray], k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `k` distinct rows when the lists take turns, each giving its best row not yet taken.
 

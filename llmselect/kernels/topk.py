@@ -33,28 +33,32 @@ def topk_stable(scores: np.ndarray, k: int, keys: np.ndarray, *, largest: bool =
     return candidates[np.lexsort((candidates, keys[candidates], value[candidates]))].astype(np.int64)
 
 
+Best = list[tuple[np.ndarray, np.ndarray]]
+
+
 def best_per_column(
     blocks: Iterable[tuple[int, np.ndarray]], n: int, columns: int, count: int, keys: np.ndarray
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The `count` best rows of each column, best first (ties by key), and each row's largest value `[n]` float32.
+) -> tuple[Best, np.ndarray]:
+    """The `count` best rows of each column with their values, best first (ties by key), and each row's largest value `[n]`.
 
     Args:
-        blocks: `(first row, finite values [b, columns])` over all `n` rows, read once; memory O(columns · count).
+        blocks: `(first row, finite fp32 values [b, columns])` over all `n` rows, read once; memory O(columns · count).
     """
     held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in range(columns)]
-    largest = np.empty(n, np.float32)
+    largest, worst = np.empty(n, np.float32), np.full(columns, -np.inf, np.float32)
     for start, block in blocks:
         largest[start : start + len(block)] = block.max(1)
-        for j, (rows, values) in enumerate(held):
-            column = block[:, j]
-            if len(values) >= count:  # most blocks hold few rows that beat what is kept
-                better = np.flatnonzero(column >= values[-1])
-                if not len(better):
-                    continue
-            else:
-                better = np.arange(len(column))
+        beats = block >= worst  # most blocks hold few rows that beat what is kept
+        for j in np.flatnonzero(beats.any(0)):
+            rows, values = held[j]
+            better = np.flatnonzero(beats[:, j])
             rows = np.concatenate([rows, start + better])
-            values = np.concatenate([values, column[better]])
+            values = np.concatenate([values, block[better, j]])
+            if len(values) > 2 * count:  # the sort is only of what may stay
+                limit = np.partition(values, len(values) - count)[len(values) - count]
+                rows, values = rows[values >= limit], values[values >= limit]
             order = np.lexsort((keys[rows], -values))[:count]
             held[j] = rows[order], values[order]
-    return [rows for rows, _ in held], largest
+            if len(order) == count:
+                worst[j] = held[j][1][-1]
+    return held, largest

@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-Best = Callable[[int], tuple[list[np.ndarray], np.ndarray]]
+from llmselect.kernels.topk import Best
 
 
-def queries_in_turn(best: Best, group: np.ndarray, k: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def queries_in_turn(
+    best: Callable[[int], tuple[Best, np.ndarray]], group: np.ndarray, k: int, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`k` rows, the query of each, and the largest value `[n]` of every row: turns go from group to group and, inside a
-    group, from query to query. `best(count)` gives each query's `count` best rows and the largest values."""
+    group, from query to query. `best(count)` gives each query's `count` best rows with their values and each row's largest."""
     place = np.empty(len(group), np.int64)
     for g in np.unique(group):
         place[group == g] = np.arange((group == g).sum())
     count = min(n, max(64, -(-4 * k // len(group))))
     while True:
         lists, largest = best(count)
-        order, query, short = take_turns(lists, group, place, k, n)
+        order, query, short = take_turns([rows for rows, _ in lists], group, place, k, n)
         if count == n or not short:
             return order, query, largest
         count = min(n, 2 * count)  # a list ran out before its turn ended: look deeper

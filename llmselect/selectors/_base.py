@@ -30,12 +30,14 @@ log = logging.getLogger("llmselect")
 
 @dataclass(frozen=True)
 class Picked:
-    """What a `pick` hook returns: rows in rank order and, if it has them, scores, weights and evidence per picked row."""
+    """What a `pick` hook returns: rows in rank order and, if it has them, scores, weights and evidence per picked row, and
+    a report (plain JSON) on how they were found."""
 
     order: np.ndarray
     scores: np.ndarray | None = None
     weights: np.ndarray | None = None
     evidence: dict[str, np.ndarray] | None = None
+    report: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Selector:
     name: ClassVar[str]
     nested: ClassVar[bool] = True  # prefixes of a selection are the selections of smaller budgets
     stochastic: ClassVar[bool] = False  # the seed matters
+    chooses_size: ClassVar[bool] = False  # the budget is an upper limit
     x_ndim: ClassVar[tuple[int, ...]] = (2,)
     x_sign: ClassVar[str] = "any"  # or "nonnegative"
     sparse: ClassVar[bool] = False  # whether x may be sparse
 
-    def select(self, budget: Any, *, seed: int = 0, ids: Any = None, n: int | None = None, **inputs: Any) -> Selection:
+    def select(self, budget: Any, *, seed: int = 0, ids: Any = None, n: int | None = None, exclude: Any = None,
+               **inputs: Any) -> Selection:  # fmt: skip
         """Select rows within `budget`.
 
         Args:
@@ -60,6 +64,7 @@ class Selector:
             seed: of every random draw; draws are keyed by row id, so the order of the pool does not matter.
             ids: row ids; taken from `x.ids` where there are any, else row numbers.
             n: rows of the pool, for a method without inputs.
+            exclude: row numbers that are never selected, as if the pool did not hold them.
             inputs: arrays of the vocabulary that the hook declares; `cost` may always be given.
 
         Errors: `UsageError` for missing, unknown or mismatched inputs and impossible budgets; `LlmselectError` naming
@@ -71,12 +76,14 @@ class Selector:
         inputs = self._checked(inputs)
         n = self._rows(n, ids, cost, inputs)
         ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)
-        keys, lost = keys_of(ids, n), _not_finite(inputs)
+        keys, bad = keys_of(ids, n), _not_finite(inputs)
+        lost = bad if exclude is None else np.union1d(bad, _row_numbers(exclude, n))
         rows = np.delete(np.arange(n), lost)
         if not len(rows):
             raise LlmselectError(f"'{self.name}': none of {n} rows has finite features; nothing can be ranked")
+        if len(bad):
+            log.warning("%s: %d rows are left out: their features are not finite", self.name, len(bad))
         if len(lost):
-            log.warning("%s: %d rows are left out: their features are not finite", self.name, len(lost))
             keys, cost = keys[rows], None if cost is None else np.asarray(cost)[rows]
             inputs = {k: v if k in OF_TARGET else Subset(v, rows) if k == "x" else v[rows] for k, v in inputs.items()}
         if budget.tokens is None:
@@ -84,7 +91,8 @@ class Selector:
         else:
             picked = self._pick_tokens(budget.tokens, len(rows), cost, Keyed(seed, keys), inputs)
         made = {"selector": self.name, "config": config.to_dict(self), "seed": seed, "budget": budget.plain(), "n": n,
-                **({"not_finite": len(lost)} if len(lost) else {})}  # fmt: skip
+                **({"not_finite": len(bad)} if len(bad) else {}), **({"report": picked.report} if picked.report else {}),
+                **({"excluded": len(lost) - len(bad)} if len(lost) > len(bad) else {})}  # fmt: skip
         order, scores = rows[picked.order], picked.scores
         if len(lost) and scores is not None:
             scores = np.full((n, *scores.shape[1:]), np.nan, scores.dtype)
@@ -103,7 +111,7 @@ class Selector:
         if cost is None:
             raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
         cost = np.asarray(cost, np.int64)
-        k = min(n, max(16, int(1.2 * tokens / max(1.0, float(cost.mean())))))
+        k = n if self.chooses_size else min(n, max(16, int(1.2 * tokens / max(1.0, float(cost.mean())))))
         while True:
             picked = self._pick(k, rng, inputs)
             total = np.cumsum(cost[picked.order])
@@ -115,7 +123,7 @@ class Selector:
             raise UsageError(f"a budget of {tokens} tokens holds no row: the first one costs {int(total[0])}")
         cut = {name: values[:fits] for name, values in (picked.evidence or {}).items()}
         weights = None if picked.weights is None else picked.weights[:fits]
-        return Picked(picked.order[:fits], picked.scores, weights, cut)
+        return Picked(picked.order[:fits], picked.scores, weights, cut, picked.report)
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         wanted = inputs_of(type(self))
@@ -167,6 +175,13 @@ def _not_finite(inputs: dict[str, Any]) -> np.ndarray:
     """Rows that the store marked as not finite in some feature; arrays made by hand are checked where they are ranked."""
     marked = [v.non_finite for k, v in inputs.items() if k not in OF_TARGET and hasattr(v, "non_finite")]
     return np.unique(np.concatenate(marked)) if marked else np.zeros(0, np.int64)
+
+
+def _row_numbers(rows: Any, n: int) -> np.ndarray:
+    rows = np.asarray(rows, np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < n:
+        raise UsageError(f"exclude: row numbers are between 0 and {n - 1}")
+    return rows
 
 
 def inputs_of(cls: type) -> dict[str, bool]:

@@ -26,7 +26,7 @@ from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels.groups import round_robin
 from llmselect.kernels.jaccard import sparse_blocks
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.topk import best_per_column, topk_stable
+from llmselect.kernels.topk import Best, best_per_column, topk_stable
 from llmselect.kernels.turns import queries_in_turn
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
@@ -58,7 +58,7 @@ class Bm25(Selector):
         queries = counts * idf
         if self.combine == "round_robin":
 
-            def best(count: int) -> tuple[list[np.ndarray], np.ndarray]:
+            def best(count: int) -> tuple[Best, np.ndarray]:
                 return best_per_column(self._blocks(x, queries, average), n, len(queries), count, rng.keys)
 
             order, query, largest = queries_in_turn(best, group, k, n)

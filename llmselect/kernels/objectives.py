@@ -1,0 +1,136 @@
+"""Set functions of rows for `kernels.greedy`: none of them builds an n × n matrix."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from llmselect.kernels.rows import Rows
+
+
+class Coverage:
+    """Facility location f(S) = Σ_i max_{j ∈ S} s_ij on a sparse graph; s_ii = 1, s_ij = max(0, cos) between neighbours of
+    either side, else 0. Memory 16 bytes per edge."""
+
+    def __init__(self, near: np.ndarray, cosine: np.ndarray):
+        from scipy.sparse import coo_array, csr_array, eye_array
+
+        n, k = near.shape
+        row, keep = np.repeat(np.arange(n, dtype=np.int32), k), (near.ravel() >= 0) & (cosine.ravel() > 0)
+        value = np.minimum(cosine.ravel()[keep], 1)
+        edges = csr_array(coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
+        self.edges = csr_array(edges.maximum(edges.T).maximum(eye_array(n, format="csr")))
+        self.covered = np.zeros(n)
+
+    def bounds(self) -> np.ndarray:
+        return np.asarray(self.edges.sum(1, dtype=np.float64)).ravel()
+
+    def gains(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty(len(rows))
+        _coverage()(self.edges.indptr, self.edges.indices, self.edges.data, self.covered, rows, out)
+        return out
+
+    def add(self, row: int) -> None:
+        at = slice(self.edges.indptr[row], self.edges.indptr[row + 1])
+        theirs = self.edges.indices[at]
+        self.covered[theirs] = np.maximum(self.covered[theirs], self.edges.data[at])
+
+
+@lru_cache(maxsize=1)
+def _coverage() -> Any:
+    import numba
+
+    @numba.njit(parallel=True, nogil=True, cache=True)
+    def gains(indptr, indices, data, covered, rows, out):  # pragma: no cover - compiled
+        for i in numba.prange(len(rows)):
+            total = 0.0
+            for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
+                more = data[j] - covered[indices[j]]
+                if more > 0:
+                    total += more
+            out[i] = total
+
+    return gains
+
+
+class GraphCut:
+    """f(S) = Σ_{i ∈ V, j ∈ S} s_ij - λ Σ_{i, j ∈ S} s_ij with s_ij = (1 + cos) / 2 over all pairs, exactly.
+
+    Linear in the rows, so Σ_i s_ij = (n + ⟨x_j, Σx⟩) / 2 needs one vector, not a matrix.
+    """
+
+    def __init__(self, x: Rows, penalty: float):
+        self.x, self.penalty, self.count = x, penalty, 0
+        self.sum = np.zeros(x.shape[1])
+        whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
+        self.total = np.concatenate([(len(x) + rows @ whole) / 2 for _, rows in x.blocks()])
+
+    def bounds(self) -> np.ndarray:
+        return self.total - self.penalty
+
+    def gains(self, rows: np.ndarray) -> np.ndarray:
+        inside = (self.count + self.x.gather(rows) @ self.sum) / 2
+        return self.total[rows] - self.penalty * (2 * inside + 1)
+
+    def add(self, row: int) -> None:
+        self.count, self.sum = self.count + 1, self.sum + self.x[np.array([row])][0]
+
+
+class LogDet:
+    """f(S) = log det(I + α X_S X_Sᵀ), the volume that rows span.
+
+    The gain of x is log(1 + α xᵀ M x) with M = (I + α X_Sᵀ X_S)⁻¹ `[d, d]`, kept by rank-one updates (Sherman-Morrison):
+    O(d²) a pick and a candidate, whatever the size of S.
+    """
+
+    def __init__(self, x: Rows, scale: float):
+        self.x, self.scale, self.inverse = x, scale, np.eye(x.shape[1])
+
+    def bounds(self) -> np.ndarray:
+        return np.concatenate([np.log1p(self.scale * (rows**2).sum(1)) for _, rows in self.x.blocks()])
+
+    def gains(self, rows: np.ndarray) -> np.ndarray:
+        x = self.x.gather(rows)
+        return np.log1p(self.scale * np.maximum(((x @ self.inverse) * x).sum(1), 0))
+
+    def add(self, row: int) -> None:
+        x = self.x[np.array([row])][0]
+        turned = self.inverse @ x
+        self.inverse -= np.outer(turned, turned) * (self.scale / (1 + self.scale * (x @ turned)))
+
+
+class Spread:
+    """k-center: the gain of a row is its squared distance 2 - 2 cos to the nearest row taken (Gonzalez 1985).
+
+    A row's distance is brought up to date only when it is looked at, against the rows taken since then. The first row is
+    the one nearest to the mean of the pool.
+    """
+
+    def __init__(self, x: Rows):
+        self.x, self.taken = x, np.zeros((16, x.shape[1]))
+        self.count, self.near, self.seen = 0, np.full(len(x), np.inf), np.zeros(len(x), np.int64)
+        whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
+        center = whole / max(np.linalg.norm(whole), 1e-300)
+        self.first = np.concatenate([6 + rows @ center for _, rows in x.blocks()])  # above any distance
+
+    def bounds(self) -> np.ndarray:
+        return self.first
+
+    def gains(self, rows: np.ndarray) -> np.ndarray:
+        if not self.count:
+            return self.first[rows]
+        since = int(self.seen[rows].min())
+        # In float32 first: the distance of equal rows is then 0, not what is left of rounding.
+        cosine = (self.x.gather(rows) @ self.taken[since : self.count].T).astype(np.float32)
+        if cosine.shape[1]:
+            self.near[rows] = np.minimum(self.near[rows], np.maximum(2 - 2 * cosine.max(1), 0))
+        self.seen[rows] = self.count
+        return self.near[rows]
+
+    def add(self, row: int) -> None:
+        if self.count == len(self.taken):
+            self.taken = np.concatenate([self.taken, np.zeros_like(self.taken)])
+        self.taken[self.count] = self.x[np.array([row])][0]
+        self.count += 1

@@ -1,0 +1,65 @@
+"""Rows of an array-like as the kernels want them: finite, unit length if asked for, narrow enough to square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llmselect.errors import LlmselectError
+from llmselect.kernels.cosine import unit
+from llmselect.kernels.sketch import generator, random_signs
+
+BLOCK = 8192
+
+
+class Rows:
+    """An `[n, d]` array-like read in fp64, checked, optionally as unit rows and folded to `dim` columns.
+
+    Folding is the sketch of `kernels.sketch`: E⟨Sx, Sy⟩ = ⟨x, y⟩, and nothing changes where d ≤ dim. A zero row stays zero.
+    Errors: `LlmselectError` naming rows that are not finite.
+    """
+
+    def __init__(self, x: Any, *, normalize: bool = True, dim: int | None = None):
+        self.x, self.normalize, self.wide = x, normalize, int(x.shape[1])
+        self.folded = dim is not None and self.wide > dim
+        self.shape = (int(x.shape[0]), int(dim) if self.folded and dim else self.wide)
+        if self.folded:
+            draw = generator(0, "columns", "fold")
+            self.signs = random_signs(draw, self.wide)
+            words = np.asarray(draw.bit_generator.random_raw(-(-self.wide // self.shape[1])), np.uint64)  # type: ignore[attr-defined]
+            self.turns = [int(word) for word in words % np.uint64(self.shape[1])]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        part = np.asarray(self.x[rows], np.float64)
+        if not np.isfinite(part).all():
+            index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+            bad = index[~np.isfinite(part).all(1)]
+            raise LlmselectError(f"{len(bad)} rows have no finite value and cannot be ranked: rows {bad[:5].tolist()}")
+        part = self._fold(part) if self.folded else part
+        return unit(part) if self.normalize else part
+
+    def _fold(self, part: np.ndarray) -> np.ndarray:
+        out, dim = np.zeros((len(part), self.shape[1])), self.shape[1]
+        for run, turn in enumerate(self.turns):
+            at = slice(run * dim, min(self.wide, (run + 1) * dim))
+            wide = np.zeros((len(part), dim))
+            wide[:, : at.stop - at.start] = part[:, at] * self.signs[at]
+            out += np.roll(wide, turn, axis=1)
+        return out
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+        """`(start, rows)` over all rows in order."""
+        for start in range(0, len(self), size):
+            yield start, self[start : start + size]
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Any rows in any order, read from the map in ascending order."""
+        order = np.argsort(rows, kind="stable")
+        out = np.empty((len(rows), self.shape[1]))
+        out[order] = self[np.asarray(rows, np.int64)[order]]
+        return out
