@@ -9,13 +9,13 @@ Import it where it is used: numba, which it needs at once, takes a second to imp
 
 from __future__ import annotations
 
-import heapq
 from typing import Any
 
 import numpy as np
 from numba import njit
 
 from llmselect.errors import LlmselectError
+from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
 
 
@@ -54,25 +54,24 @@ def _sets(in_ptr, in_from, chance, keys, draws, rounds):  # pragma: no cover - c
     return ptr, members[:count]
 
 
-@njit(nogil=True, cache=True)
-def _cover(ptr, members, back_ptr, back_sets, keys, order, gains):  # pragma: no cover - compiled
-    """Greedy maximum coverage; gains only fall, so they are computed anew for the row on top alone."""
-    held = np.zeros(len(ptr) - 1, np.bool_)
-    new = np.diff(back_ptr)
-    heap = [(-new[i], keys[i], i) for i in range(len(keys))]
-    heapq.heapify(heap)
-    for step in range(len(order)):
-        while -heap[0][0] != new[heap[0][2]]:
-            i = heap[0][2]
-            heapq.heapreplace(heap, (-new[i], keys[i], i))
-        i = heapq.heappop(heap)[2]
-        order[step], gains[step] = i, new[i]
-        for e in range(back_ptr[i], back_ptr[i + 1]):
-            which = back_sets[e]
-            if not held[which]:
-                held[which] = True
-                for f in range(ptr[which], ptr[which + 1]):
-                    new[members[f]] -= 1
+class _Cover:
+    """f(S) = the number of sets that hold a row of S, an objective of `kernels.greedy`."""
+
+    def __init__(self, sets: Any):
+        self.sets, self.back = sets, sets.tocsc()
+        self.held, self.new = np.zeros(sets.shape[0], bool), np.diff(self.back.indptr)
+
+    def bounds(self) -> np.ndarray:
+        return self.new
+
+    def gains(self, rows: np.ndarray) -> np.ndarray:
+        return self.new[rows]
+
+    def add(self, row: int) -> None:
+        holding = self.back.indices[self.back.indptr[row] : self.back.indptr[row + 1]]
+        holding = holding[~self.held[holding]]
+        self.held[holding] = True
+        np.subtract.at(self.new, self.sets[holding].indices, 1)
 
 
 def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +92,6 @@ def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.
     keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
     chance = into.data.astype(np.float64)
     ptr, members = _sets(into.indptr.astype(np.int64), into.indices.astype(np.int32), chance, keys, draws, rounds)
-    holding = csr_array((np.ones(len(members), np.bool_), members, ptr), shape=(len(ptr) - 1, len(keys))).tocsc()
-    order, gains = np.empty(min(k, len(keys)), np.int64), np.empty(min(k, len(keys)))
-    _cover(ptr, members, holding.indptr.astype(np.int64), holding.indices.astype(np.int64), keys, order, gains)
-    return order, gains / rounds
+    sets = csr_array((np.ones(len(members), np.bool_), members, ptr), shape=(len(ptr) - 1, len(keys)))
+    found = maximize(_Cover(sets), min(k, len(keys)), rng)
+    return found.order, found.gains / rounds
