@@ -16,14 +16,16 @@ BLOCK = 8192
 def unit(rows: Any) -> np.ndarray:
     """Rows of `[b, d]` as fp64 unit vectors; a zero row stays zero, a non-finite one is not finite.
 
-    Rows are divided by their largest entry first, so that no square over- or underflows.
+    Where squares would over- or underflow, rows are divided by their largest entry first.
     """
     rows = np.asarray(rows, np.float64)
-    largest = np.abs(rows).max(1, keepdims=True, initial=0)
-    with np.errstate(invalid="ignore"):
-        rows = rows / np.where(largest > 0, largest, 1)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1)
+    square = np.einsum("ij,ij->i", rows, rows)[:, None]
+    if not ((square > 1e-200) & (square < 1e200)).all():
+        largest = np.abs(rows).max(1, keepdims=True, initial=0)
+        with np.errstate(invalid="ignore"):
+            rows = rows / np.where(largest > 0, largest, 1)
+        square = np.einsum("ij,ij->i", rows, rows)[:, None]
+    return rows / np.sqrt(np.where(square > 0, square, 1))
 
 
 def unit_targets(target: Any) -> np.ndarray:
