@@ -121,9 +121,10 @@ def spec_of(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | No
         "arrays": arrays,
         "shard_rows": shard_rows,
         "rows": content_digest(data),
-        "tokens": run.backbone.encoder.fingerprint,
         "threads": torch.get_num_threads(),
     }
+    if extractor.views():
+        spec |= {"tokens": run.backbone.encoder.fingerprint}
     if extractor.layers() or extractor.alone:
         spec |= {"weights": run.backbone.digest(), "dtype": str(run.backbone.dtype).removeprefix("torch.")}
     if extractor.fits and target is not None:
