@@ -84,7 +84,9 @@ def _passes(run: Run) -> tuple[float, float, float]:
 
 def _short_warm_up(recipe: Recipe) -> Any:
     """As many checkpoints as the recipe's warm-up leaves, from a few rows: gradient features are made at each."""
-    if recipe.warmup is None or not any(one.get("checkpoints") == "warmup" for one in recipe.features.values()):
+    if recipe.warmup is None or not any(
+        getattr(recipe.extractor(name), "checkpoints", None) == "warmup" for name in recipe.features
+    ):
         return None
     train = replace(recipe.warmup.train, batch_tokens=64)
     return replace(recipe.warmup, budget={"rows": 4}, train=train)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmselect import config
+from llmselect.clustering import Clustering
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
 from llmselect.registry import extractors, selectors
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
-_METHOD_KEYS = ("budget", "limits")  # of any method
+_METHOD_KEYS = ("budget", "limits", "groups")  # of any method
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ class Recipe:
         given = self.methods[name].get("limits")
         return None if given is None else config.from_dict(Limits, given, f"methods.{name}.limits")
 
+    def grouping_of(self, name: str) -> Clustering | None:
+        """The clusters that method `name` takes as groups; None: the sources of the rows."""
+        return Clustering.parse(self.methods[name].get("groups"), f"methods.{name}.groups")
+
     def check(self) -> None:
         """Everything that can be wrong without reading data or loading a model.
 
@@ -196,13 +201,16 @@ class Recipe:
         if (limits := self.limits_of(name)) and (unknown := set(limits.quotas) - set(self.targets)):
             raise UsageError(f"methods.{name}.limits.quotas.{min(unknown)}: no such target; there are {list(self.targets)}")
         inputs = inputs_of(type(selector))
-        for key in reads:
+        grouping = self.grouping_of(name)
+        if grouping and self.limits_of(name):
+            raise UsageError(f"methods.{name}.limits: they are on sources, and groups: takes clusters in their place; give one")
+        for key in [*reads, *({"groups"} & set(self.methods[name]))]:
             if key not in inputs:
                 raise UsageError(f"methods.{name}.{key}: '{selector.name}' takes no {key}; its inputs: {list(inputs)}")
         for key, required in inputs.items():
             if key in _INPUT_KEYS and required and key not in reads:
                 raise UsageError(f"methods.{name}: '{selector.name}' needs {key}, the name of a feature: {list(self.features)}")
-        for key, feature in reads.items():
+        for key, feature in {**reads, **({"groups": grouping.x} if grouping else {})}.items():
             if str(feature).partition(".")[0] not in self.features:
                 raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
                                  f"There are: {list(self.features)}")  # fmt: skip

@@ -5,6 +5,7 @@ A run folder explains and repeats itself::
     config.yaml  versions.json  rows.json (the account of every row)  quarantine.jsonl
     pool/  targets/  tests/     the rows used, as Arrow files
     features/                   the FeatureStore
+    clusters/                   those that methods take as groups
     selections/<method>/seed-<s>/
     adapters/<method>/seed-<s>/
     evaluation/<method>/seed-<s>.json
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
+from llmselect.clustering import Clustering, stored_clusters
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside
@@ -178,6 +180,9 @@ def _select(run: Run, method: str, seed: int) -> None:
     key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
            "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
     limits, dropped = run.recipe.limits_of(method), semantic_duplicates(run)
+    if grouping := run.recipe.grouping_of(method):
+        specs = {**specs, "groups": dict(run.store.open(grouping.x.partition(".")[0]).spec)}
+        key |= {"groups": config.to_dict(grouping), "features": config.fingerprint(specs)}
     if limits is not None:
         key["limits"] = config.to_dict(limits)
     if dropped is not None:
@@ -189,7 +194,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     start = time.monotonic()
     inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
-              "exclude": dropped, **_inputs(run, type(selector), reads)}  # fmt: skip
+              "exclude": dropped, **_inputs(run, type(selector), reads), **_clusters(run, grouping, dropped)}  # fmt: skip
     try:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)
@@ -205,6 +210,17 @@ def _select(run: Run, method: str, seed: int) -> None:
     timings = run.folder / "selections" / "seconds.json"
     known = json.loads(timings.read_text()) if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
+
+
+def _clusters(run: Run, grouping: Clustering | None, dropped: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Clusters in the place of sources; rows without finite numbers are in none and are left out."""
+    if grouping is None:
+        return {}
+    x: Any = run.store[grouping.x]
+    spec = run.store.open(grouping.x.partition(".")[0]).spec
+    groups = stored_clusters(x, grouping, run.folder / "clusters", spec)
+    lost = np.flatnonzero(groups < 0)
+    return {"groups": groups, "exclude": lost if dropped is None else np.union1d(dropped, lost)}
 
 
 def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any]:

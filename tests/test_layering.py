@@ -23,6 +23,7 @@ LEVELS = (
         "stages",
         "mixing",
         "semdedup",
+        "clustering",
         "prepare",
         "recipe",
         "refine",

@@ -61,10 +61,17 @@ class Batch:
 
     @cached_property
     def stats(self) -> TokenStats:
-        """Loss, entropy and margin of each supervised token, from the same forward."""
+        """Loss, entropy, margin and EL2N of each supervised token, from the same forward."""
         from llmselect.engine.head import token_stats
 
         return token_stats(self.backbone, self.hidden(-1), self.ids, self.response)
+
+    def measured(self) -> TokenStats:
+        """The same from a forward of its own, for a model that has changed since."""
+        from llmselect.engine.head import token_stats
+
+        states = self.backbone.states(self.ids, self.mask, (-1,))[self.backbone.depth]
+        return token_stats(self.backbone, states, self.ids, self.response)
 
     def scope(self, name: str, template: bool = False) -> torch.Tensor:
         """`[B, T]` bool: tokens of `all`, `prompt` or `response`; with `template`, marks and special tokens too."""

@@ -17,12 +17,14 @@ CHUNK_LOGITS = 1 << 24  # 64 MiB of fp32 logits at a time
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per supervised token, flat: `row [N]` (its row in the batch), `nll`, `entropy`, `margin` `[N]` in nats / probability."""
+    """Per supervised token, flat: `row [N]` (its row in the batch), `nll`, `entropy`, `margin`, `el2n` `[N]` in nats /
+    probability."""
 
     row: torch.Tensor
     nll: torch.Tensor
     entropy: torch.Tensor
     margin: torch.Tensor
+    el2n: torch.Tensor
 
     def mean(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         """Mean of `values [N]` over each row's tokens, `[rows]`; NaN for a row that has none."""
@@ -37,7 +39,7 @@ class TokenStats:
 def token_stats(backbone: Backbone, hidden: torch.Tensor, ids: torch.Tensor, supervised: torch.Tensor) -> TokenStats:
     """Statistics of p(· | tokens before t) at every supervised t ≥ 1.
 
-    nll = -log p(x_t); entropy = -Σ_v p log p; margin = difference of the two largest probabilities.
+    nll = -log p(x_t); entropy = -Σ_v p log p; margin = difference of the two largest probabilities; el2n = ‖p - 1_{x_t}‖₂.
     """
     check_head(backbone)
     row, column = supervised[:, 1:].nonzero(as_tuple=True)
@@ -46,7 +48,7 @@ def token_stats(backbone: Backbone, hidden: torch.Tensor, ids: torch.Tensor, sup
     out = [_statistics(logits(backbone, s), y) for s, y in zip(states.split(size), labels.split(size), strict=True)]
     if not out:
         empty = torch.zeros(0, device=ids.device)
-        return TokenStats(row, empty, empty, empty)
+        return TokenStats(row, empty, empty, empty, empty)
     return TokenStats(row, *(torch.cat(parts) for parts in zip(*out, strict=True)))
 
 
@@ -57,14 +59,17 @@ def logits(backbone: Backbone, states: torch.Tensor) -> torch.Tensor:
     return torch.tanh(out / cap) * cap if cap else out
 
 
-def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, ...]:
     lse = logit.logsumexp(-1)
     nll = lse - logit.gather(-1, label[:, None])[:, 0]
     top = logit.topk(2, dim=-1).values
     margin = (top[:, 0] - lse).exp() - (top[:, 1] - lse).exp()
     # The expectation is taken in place: a second [N, V] matrix would double the memory of the chunk.
     probability = (logit - lse[:, None]).exp_()
-    return nll, lse - probability.mul_(logit).sum(-1), margin
+    own = probability.gather(-1, label[:, None])
+    el2n = probability.scatter_(-1, label[:, None], own - 1).norm(dim=-1)
+    probability.scatter_(-1, label[:, None], own)
+    return nll, lse - probability.mul_(logit).sum(-1), margin, el2n
 
 
 def check_head(backbone: Backbone) -> None:

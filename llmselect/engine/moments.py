@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,20 @@ def activate(backbone: Backbone, checkpoint: Checkpoint) -> None:
     """Make one adapter the active one, everything frozen, dropout off."""
     backbone.causal_lm.set_adapter(checkpoint.adapter)
     _freeze(backbone)
+
+
+@contextmanager
+def at(backbone: Backbone, checkpoint: Checkpoint | None) -> Iterator[None]:
+    """The model as it was at a checkpoint; None: without any adapter."""
+    if checkpoint is not None:
+        activate(backbone, checkpoint)
+        yield
+        return
+    backbone.causal_lm.disable_adapters()
+    try:
+        yield
+    finally:
+        backbone.causal_lm.enable_adapters()
 
 
 def _freeze(backbone: Backbone) -> None:

@@ -1,14 +1,15 @@
-"""Response losses of a causal LM: negative log-likelihood with and without the prompt, entropy, margin, IFD.
+"""Response losses of a causal LM: negative log-likelihood with and without the prompt, entropy, margin, EL2N, IFD.
 
 Paper: IFD of Li et al., "From Quantity to Quality", arXiv 2308.12032, section 2.2; the perplexity ratio of Li et al.,
-    "Superfiltering", arXiv 2402.00530, section 2.
+    "Superfiltering", arXiv 2402.00530, section 2; EL2N of Paul et al., arXiv 2107.07075, section 2.2.
 Objective: over the supervised tokens y of a row, `nll` = mean -log p(y_t | everything before), `nll_alone` = mean
     -log p(y_t | the responses before y_t, no prompts), `ifd` = nll / nll_alone, `ifd_ppl` = exp(nll - nll_alone),
-    `entropy` = mean H(p), `margin` = mean difference of the two largest probabilities. In nats.
+    `entropy` = mean H(p), `margin` = mean difference of the two largest probabilities, `el2n` = mean ‖p - 1_y‖₂. In nats.
 Inputs: a causal LM; rows through its chat template.
 Cost: one forward with the LM head on supervised tokens only, in chunks; with `without_prompt` a second, shorter one.
 Deviations: without its prompt a turn keeps the one token before it (its opening mark), so that both losses average
-    over the same tokens; the published code drops the first token instead.
+    over the same tokens; the published code drops the first token instead. EL2N is the mean over tokens, at this one
+    model instead of several early in training (`trajectory` has it at checkpoints).
 Defaults: both passes.
 """
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @extractors.register("loss")
 @dataclass(frozen=True, kw_only=True)
 class Loss(Extractor):
-    """Arrays `[n]` float32: `nll`, `entropy`, `margin`, and with `without_prompt` `nll_alone`, `ifd`, `ifd_ppl`."""
+    """Arrays `[n]` float32: `nll`, `entropy`, `margin`, `el2n`, and with `without_prompt` `nll_alone`, `ifd`, `ifd_ppl`."""
 
     without_prompt: bool = field(default=True, metadata={"help": "also the loss of the response alone (for IFD)"})
 
@@ -41,7 +42,7 @@ class Loss(Extractor):
         return ("row", "response") if self.without_prompt else ("row",)
 
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:
-        names = ["nll", "entropy", "margin", *(["nll_alone", "ifd", "ifd_ppl"] if self.without_prompt else [])]
+        names = ["nll", "entropy", "margin", "el2n", *(["nll_alone", "ifd", "ifd_ppl"] if self.without_prompt else [])]
         return {name: ("float32", ()) for name in names}
 
     def derive(self, arrays: dict[str, np.ndarray]) -> None:
@@ -54,4 +55,5 @@ class Loss(Extractor):
         nll = stats.mean(stats.nll, rows)
         if batch.view == "response":
             return {"nll_alone": nll}
-        return {"nll": nll, "entropy": stats.mean(stats.entropy, rows), "margin": stats.mean(stats.margin, rows)}
+        more = {name: stats.mean(getattr(stats, name), rows) for name in ("entropy", "margin", "el2n")}
+        return {"nll": nll, **more}

@@ -1,0 +1,63 @@
+"""Clusters of a feature as the groups of a selector: S2L is `balanced` on loss trajectories, CaR `car` on embeddings."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmselect import atomic, config
+from llmselect.arrays import Subset, fold_ids
+from llmselect.errors import UsageError
+from llmselect.kernels.keyed import Keyed, keys_of
+from llmselect.kernels.kmeans import kmeans
+from llmselect.kernels.rows import Rows
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """The `groups:` of a method: k-means clusters of feature `x` in the place of sources."""
+
+    x: str = field(metadata={"help": "a feature, e.g. a loss trajectory or an embedding"})
+    clusters: int = field(default=100, metadata={"help": "of k-means; fewer where the pool has fewer rows"})
+    normalize: bool = field(default=True, metadata={"help": "by direction (embeddings); false: by distance (trajectories)"})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clusters < 1:
+            raise UsageError(f"clusters: {self.clusters} must be at least 1")
+
+    @classmethod
+    def parse(cls, given: Any, where: str) -> Clustering | None:
+        """From a feature's name, a mapping, or `source`, which is no clustering. Errors: `UsageError` naming `where`."""
+        if given is None or given == "source":
+            return None
+        return config.from_dict(cls, {"x": given} if isinstance(given, str) else given, where)
+
+
+def clusters_of(x: Any, wanted: Clustering, ids: Any = None) -> np.ndarray:
+    """The cluster `[n]` int32 of each row of `x [n, d]`; -1 for rows marked as not finite in a store."""
+    label, lost = np.full(x.shape[0], -1, np.int32), getattr(x, "non_finite", np.zeros(0, np.int64))
+    rows = np.delete(np.arange(x.shape[0]), lost)
+    ids = getattr(x, "ids", None) if ids is None else ids
+    keys = fold_ids(ids.raw) if hasattr(ids, "raw") else keys_of(ids, x.shape[0])
+    held = Rows(Subset(x, rows) if len(lost) else x, normalize=wanted.normalize)
+    label[rows] = kmeans(held, min(wanted.clusters, len(rows)), Keyed(wanted.seed, keys[rows])).label
+    return label
+
+
+def stored_clusters(x: Any, wanted: Clustering, folder: Path, spec: Mapping[str, Any]) -> np.ndarray:
+    """The same, found once: kept in `folder` under a name that stands for the settings and the feature's `spec`."""
+    name = config.fingerprint({"clustering": config.to_dict(wanted), "feature": dict(spec)})[:24]
+    file = folder / f"{name}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    label, buffer = clusters_of(x, wanted), io.BytesIO()
+    np.save(buffer, label, allow_pickle=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_bytes(file, buffer.getvalue())
+    return label
