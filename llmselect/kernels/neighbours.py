@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llmselect.kernels.kmeans import faiss
 from llmselect.kernels.rows import Rows
 
 EXACT = 50_000
+
+
+class ByKey:
+    """The rows of an array-like in the order of their keys: among equal rows the index of FAISS keeps the first."""
+
+    def __init__(self, x: Any, keys: np.ndarray):
+        self.x, self.order, self.shape = x, np.argsort(keys, kind="stable"), x.shape
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self.x[self.order[rows]]
 
 
 def neighbours(x: Rows, k: int, exact_below: int = EXACT) -> tuple[np.ndarray, np.ndarray]:

@@ -20,20 +20,10 @@ import numpy as np
 from llmselect.errors import UsageError
 from llmselect.kernels.filtering import check_finite
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.neighbours import neighbours
+from llmselect.kernels.neighbours import ByKey, neighbours
 from llmselect.kernels.rows import Rows
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
-
-
-class _ByKey:
-    """The rows of an array-like in the order of their keys: among equal rows the index of FAISS keeps the first."""
-
-    def __init__(self, x: Any, keys: np.ndarray):
-        self.x, self.order, self.shape = x, np.argsort(keys, kind="stable"), x.shape
-
-    def __getitem__(self, rows: Any) -> Any:
-        return self.x[self.order[rows]]
 
 
 @selectors.register("ideal")
@@ -54,7 +44,7 @@ class Ideal(Selector):
         from llmselect.kernels.cascade import cascade_seeds
 
         check_finite(x)
-        ordered = _ByKey(x, rng.keys)
+        ordered = ByKey(x, rng.keys)
         by_key = Keyed(rng.seed, rng.keys[ordered.order])
         order, gains = cascade_seeds(self._graph(ordered), k, by_key, self.rounds)
         return Picked(ordered.order[order], evidence={"gain": gains})

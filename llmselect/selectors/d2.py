@@ -1,0 +1,93 @@
+"""Difficult rows from all over the pool: difficulty passed along a graph of nearest neighbours.
+
+Paper: D2 pruning of Maharana et al., "Message Passing for Balancing Data Diversity & Difficulty for Data Pruning", arXiv
+    2310.07931, section 3.
+Objective: s_i = q_i + Σ_{j ∈ N(i)} exp(-γ_f d_ij) q_j with difficulty q and d the squared distance of unit rows; then
+    repeatedly the row i of largest s, after which s_j ← s_j - exp(-γ_r d_ij) s_i for its neighbours j.
+Inputs: `x [n, d]`, an embedding; `quality [n]`, a difficulty (loss, EL2N, IFD).
+Cost: the kNN graph (FAISS); O(n · neighbours · log n) time, 16 bytes an edge.
+Deviations: neighbours of either side are neighbours. Difficulties are shifted so that the smallest is 0; a constant one
+    ranks nothing, and rows then go by id.
+Defaults: 10 neighbours, γ_f = γ_r = 1; the paper tunes both.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmselect.errors import UsageError
+from llmselect.kernels.filtering import check_finite
+from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.neighbours import ByKey, neighbours
+from llmselect.kernels.rows import Rows
+from llmselect.kernels.topk import topk_stable
+from llmselect.registry import selectors
+from llmselect.selectors._base import Picked, Selector
+
+
+@selectors.register("d2")
+@dataclass(frozen=True)
+class D2(Selector):
+    """Rows by difficulty that their neighbours share and that no neighbour picked before has taken. Evidence: `message`, s
+    of the row when it was picked."""
+
+    neighbours: int = field(default=10, metadata={"help": "edges out of a row"})
+    gamma_forward: float = field(default=1.0, metadata={"help": "γ_f: how fast difficulty that is passed on fades"})
+    gamma_reverse: float = field(default=1.0, metadata={"help": "γ_r: the smaller, the more diverse"})
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1 or self.gamma_forward < 0 or self.gamma_reverse < 0:
+            raise UsageError("neighbours must be at least 1, gamma_forward and gamma_reverse not be negative")
+
+    def pick(self, k: int, rng: Keyed, *, x: Any, quality: Any) -> Picked:
+        worth = np.asarray(quality, np.float64)
+        topk_stable(worth, 0, rng.keys)  # a row without a finite difficulty is named
+        check_finite(x)
+        ordered = ByKey(x, rng.keys)
+        worth = (worth - worth.min())[ordered.order]
+        distance = self._graph(ordered)
+        message = worth + _fading(distance, self.gamma_forward) @ worth
+        order, taken = _picks(message, _fading(distance, self.gamma_reverse), k)
+        return Picked(ordered.order[order], evidence={"message": taken})
+
+    def _graph(self, x: Any) -> Any:
+        """Squared distances plus 1, so that none is 0, between neighbours: `[n, n]`, symmetric."""
+        from scipy.sparse import coo_array, csr_array
+
+        near, cosine = neighbours(Rows(x), self.neighbours)
+        row, keep = np.repeat(np.arange(len(near)), near.shape[1]), near.ravel() >= 0
+        shifted = 1 + np.maximum(2 - 2 * cosine.ravel()[keep].astype(np.float64), 0)
+        found = csr_array(coo_array((shifted, (row[keep], near.ravel()[keep])), shape=(len(near), len(near))))
+        return csr_array(found.maximum(found.T))
+
+
+def _fading(distance: Any, gamma: float) -> Any:
+    from scipy.sparse import csr_array
+
+    weight = np.exp(-gamma * (distance.data - 1))
+    return csr_array((weight, distance.indices, distance.indptr), shape=distance.shape)
+
+
+def _picks(message: np.ndarray, edges: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order picked, of equal messages (in float32) the first, and the message of each."""
+    message, free = message.copy(), np.ones(len(message), bool)
+    rounded = lambda rows: (-message[rows].astype(np.float32)).tolist()  # noqa: E731
+    heap = list(zip(rounded(slice(None)), range(len(message)), strict=True))
+    heapq.heapify(heap)
+    order, taken = np.empty(k, np.int64), np.empty(k)
+    for i in range(k):
+        value, row = heapq.heappop(heap)
+        while not free[row] or value != -np.float32(message[row]):  # an entry from before a change
+            value, row = heapq.heappop(heap)
+        order[i], taken[i], free[row] = row, message[row], False
+        at = slice(edges.indptr[row], edges.indptr[row + 1])
+        theirs = edges.indices[at]
+        message[theirs] -= edges.data[at] * message[row]
+        theirs = theirs[free[theirs]]
+        for entry in zip(rounded(theirs), theirs.tolist(), strict=True):
+            heapq.heappush(heap, entry)
+    return order, taken
