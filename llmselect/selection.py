@@ -199,8 +199,10 @@ class Selection:
         if not (folder / "selection.json").exists():
             raise LlmselectError(f"{folder} holds no selection (no selection.json)")
         try:
-            about = json.loads((folder / "selection.json").read_bytes())
-            intact = about.get("checksum") == _checksum(about)
+            text = (folder / "selection.json").read_bytes()
+            about = json.loads(text)
+            # The text too: the last digit of a number may change without the number.
+            intact = about.get("checksum") == _checksum(about) and text == atomic.json_text(about).encode()
         except (ValueError, AttributeError):
             about, intact = {}, False
         if not intact:

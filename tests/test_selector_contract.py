@@ -27,7 +27,7 @@ IDS = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(N)]
 FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups")
 
 
-def make(name: str, ndim: int, tied: bool, sign: str = "any") -> np.ndarray:
+def make(name: str, ndim: int, tied: bool, sign: str = "any", scores: int = 1) -> np.ndarray:
     """An input by its name in the vocabulary; `tied` ones are exact in fp32, with many equal rows."""
     rng = np.random.default_rng(7)
     low = -1.0 if sign == "any" else 0.0
@@ -40,7 +40,7 @@ def make(name: str, ndim: int, tied: bool, sign: str = "any") -> np.ndarray:
     return {
         "target": lambda: real(len(TASKS), D),
         "target_groups": lambda: np.array(TASKS),
-        "quality": lambda: real(N),
+        "quality": lambda: real(N) if scores == 1 else real(N, scores),
         "groups": lambda: np.array(list("aaaabbbccd"))[rng.integers(0, 10, N)],
         "cost": lambda: rng.integers(1, 4 if tied else 500, N),
     }[name]()
@@ -62,7 +62,8 @@ class Case:
         return inputs_of(type(self.selector))
 
     def inputs(self, tied: bool = False, dtype: Any = None) -> dict[str, Any]:
-        made = {name: make(name, self.ndim, tied, self.selector.x_sign) for name in self.wanted}
+        scores = 3 if 2 in self.selector.quality_ndim else 1
+        made = {name: make(name, self.ndim, tied, self.selector.x_sign, scores) for name in self.wanted}
         return {k: v.astype(dtype) if dtype and k in FLOATS else v for k, v in made.items()}
 
     def select(self, budget: Any = K, inputs: dict[str, Any] | None = None, **more: Any) -> Selection:

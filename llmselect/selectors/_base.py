@@ -20,7 +20,7 @@ VOCABULARY = {
     "x": "[n, d] or [n] pool features",
     "target": "[m, d] target features",
     "target_groups": "[m] task of each target row",
-    "quality": "[n] scores",
+    "quality": "[n] scores, or [n, S] where a method says so",
     "groups": "[n] source or cluster",
     "cost": "[n] supervised tokens",
 }
@@ -52,6 +52,7 @@ class Selector:
     stochastic: ClassVar[bool] = False  # the seed matters
     chooses_size: ClassVar[bool] = False  # the budget is an upper limit
     x_ndim: ClassVar[tuple[int, ...]] = (2,)
+    quality_ndim: ClassVar[tuple[int, ...]] = (1,)
     x_sign: ClassVar[str] = "any"  # or "nonnegative"
     sparse: ClassVar[bool] = False  # whether x may be sparse
     lazy: ClassVar[tuple[str, ...]] = ()  # inputs of which only the rows asked for may be computed
@@ -144,7 +145,10 @@ class Selector:
             elif name != "x" and not hasattr(value, "lazy"):  # only the features may be too large to hold
                 held = value[:]
                 kept[name] = held.toarray() if hasattr(held, "toarray") else np.asarray(held)
-        x, target = kept.get("x"), kept.get("target")
+        x, target, quality = kept.get("x"), kept.get("target"), kept.get("quality")
+        if quality is not None and len(quality.shape) not in self.quality_ndim:
+            allowed = " or ".join(map(str, self.quality_ndim))
+            raise UsageError(f"quality has shape {tuple(quality.shape)}; '{self.name}' reads {allowed} axes")
         if (hasattr(x, "width") or hasattr(x, "indptr")) and not self.sparse:
             raise UsageError(f"'{self.name}' reads dense features and x is sparse; 'mona' reads sparse ones")
         if x is not None and len(x.shape) not in self.x_ndim:

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from llmselect.errors import UsageError
-from llmselect.kernels.groups import rounds
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.topk import topk_stable
+from llmselect.kernels.strata import Strata, covering
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
 
@@ -39,7 +38,7 @@ class Ccs(Selector):
 
     beta: float = field(default=0.1, metadata={"help": "share of the pool, the hardest rows, that is dropped"})
     bins: int = field(default=50, metadata={"help": "strata"})
-    strata: Literal["range", "quantile", "log"] = field(default="range", metadata={"help": "see Deviations"})
+    strata: Strata = field(default="range", metadata={"help": "see Deviations"})
     hard: Literal["largest", "smallest"] = field(default="largest", metadata={"help": "which scores are the hard ones"})
 
     def __post_init__(self) -> None:
@@ -50,23 +49,8 @@ class Ccs(Selector):
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         score = np.asarray(x[:], np.float64)
-        hardest = topk_stable(score, int(self.beta * len(score) + 1e-9), rng.keys, largest=self.hard == "largest")
-        kept = np.delete(np.arange(len(score)), hardest)
-        stratum = np.full(len(score), -1)
-        stratum[kept] = self._strata(score[kept], rng.keys[kept])
         # Within a round the strata come in a random order, or a small budget would always favour the same ones.
-        draw, place = rng.uniform("row")[kept], rng.uniform("round")[kept]
-        order = np.concatenate([kept[rounds(stratum[kept], draw, place, rng.keys[kept])], hardest[::-1]])[:k]
+        order, stratum = covering(score, self.beta, self.bins, self.strata, rng.uniform("row"), rng.uniform("round"), rng.keys,
+                                  self.hard == "largest")  # fmt: skip
+        order = order[:k]
         return Picked(order, score, evidence={"score": score[order], "stratum": stratum[order]})
-
-    def _strata(self, score: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The stratum of each row, 0 … bins - 1."""
-        if self.strata == "quantile":
-            out = np.empty(len(score), np.int64)
-            out[np.lexsort((keys, score))] = np.arange(len(score)) * self.bins // len(score)
-            return out
-        above = score - score.min()
-        if self.strata == "log":
-            above = np.log1p(above / np.median(above[above > 0])) if above.any() else above
-        width = above.max() / self.bins or 1.0
-        return np.minimum((above / width).astype(np.int64), self.bins - 1)

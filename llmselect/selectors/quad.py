@@ -38,6 +38,7 @@ class Quad(Selector):
 
     stochastic: ClassVar[bool] = True
     nested: ClassVar[bool] = False
+    quality_ndim: ClassVar[tuple[int, ...]] = (1, 2)
     lazy: ClassVar[tuple[str, ...]] = ("quality",)
 
     accept: Literal["draws", "top"] = field(default="draws", metadata={"help": "draws: Quad; top: ClusterUCB"})
