@@ -24,6 +24,7 @@ LEVELS = (
         "mixing",
         "semdedup",
         "clustering",
+        "ensemble",
         "prepare",
         "recipe",
         "refine",
@@ -44,7 +45,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "cli_models", "__main__"},
+    {"cli", "cli_ensemble", "cli_models", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}

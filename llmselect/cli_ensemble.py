@@ -1,0 +1,36 @@
+"""The command `llmselect ensemble`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(ensemble)
+
+
+def ensemble(runs: Annotated[list[Path], typer.Argument(help="folders of runs that have selected from one pool")],
+             out: Annotated[str, typer.Option(help="name of the selection, beside the methods of the first run")],
+             methods: Annotated[str | None, typer.Option(help="names with commas between; default: all of each run")] = None,
+             how: Annotated[str, typer.Option(help="borda, rrf (reciprocal ranks) or round_robin")] = "borda",
+             budget: Annotated[str | None, typer.Option(help='rows, "5%" or tokens:200000; default: that of the methods')] = None,
+             as_json: Annotated[bool, typer.Option("--json", help="print JSON for a script")] = False) -> None:  # fmt: skip
+    """One selection from several, per seed: ranks added up, or turns between the methods.
+
+    Example: `llmselect ensemble runs/a --methods rds+,less,trim --how rrf --out fused`.
+    """
+    from llmselect.ensemble import How, ensemble_runs
+    from llmselect.selection import Selection
+
+    names = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
+    size: Any = budget
+    if budget is not None and budget.startswith("tokens:") and budget[7:].isdigit():
+        size = {"tokens": int(budget[7:])}
+    written = ensemble_runs(runs, names, cast(How, how), out, size)
+    told = [{"folder": str(place), "rows": len(Selection.load(place))} for place in written]
+    typer.echo(json.dumps(told) if as_json else "\n".join(f"{one['rows']} rows in {one['folder']}" for one in told))
