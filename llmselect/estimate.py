@@ -71,12 +71,14 @@ def _passes(run: Run) -> tuple[float, float, float]:
         warmup=_short_warm_up(run.recipe),
         features={name: {k: v for k, v in one.items() if k != "adapter"} | _any_sae(one)
                   for name, one in run.recipe.features.items()},
+        color=run.recipe.color and replace(run.recipe.color, tokens=1),
         sae=run.recipe.sae and replace(run.recipe.sae, tokens=1, held_out_rows=1),
     )  # fmt: skip
     start = time.monotonic()
     extract_stage(run)
     timings = run.folder / "timings.json"
-    seconds = time.monotonic() - start - json.loads(timings.read_text()).get("warmup", 0.0)
+    told = json.loads(timings.read_text())
+    seconds = time.monotonic() - start - told.get("warmup", 0.0) - told.get("color", 0.0)
     size = sum(f.stat().st_size for f in Path(run.store.path).rglob("*.safetensors") if "@target" not in str(f))
     tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())
     return seconds / len(run.pool), size / len(run.pool), tokens

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmselect import config
 from llmselect.clustering import Clustering
+from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
 from llmselect.registry import extractors, selectors
@@ -95,6 +96,7 @@ class Recipe:
     full: bool = field(default=True, metadata={"help": "also train on the whole pool, at the same token budget"})
     dedup: Dedup | None = field(default=None, metadata={"help": "semantic duplicates are never selected"})
     warmup: Warmup | None = None
+    color: ColorTraining | None = field(default=None, metadata={"help": "train two adapters for features of extractor color"})
     sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
@@ -114,6 +116,9 @@ class Recipe:
         made: Any = config.from_dict(cls, {**shared, **options}, where)
         if self.trains_sae(made):
             made = replace(made, sae=str(self.folder / "sae"))
+        if self.color:
+            own = {key: str(self.folder / "color" / key) for key in ADAPTERS if getattr(made, key, None) == "trained"}
+            made = replace(made, **own)
         if getattr(made, "checkpoints", None) == "warmup" and warmup:
             made = replace(made, checkpoints=warmup)
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
@@ -174,12 +179,16 @@ class Recipe:
                     raise UsageError(f"features.{name}.{key}: 'warmup' needs a warmup: section")
             if getattr(made, "checkpoints", None) == "warmup" and self.warmup and not self.warmup.train.checkpoints:
                 raise UsageError("warmup.train.checkpoints: features with checkpoints: warmup need at least 1")
+            if "trained" in [getattr(made, key, None) for key in ADAPTERS]:
+                raise UsageError(f"features.{name}: adapters 'trained' need a color: section; or give folders")
             if getattr(made, "sae", None) == "trained":
                 raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:
             self._check_method(name)
         self._check_dedup()
         validate(self.train)
+        if self.color:
+            validate(self.color.train)
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
             validate(self.warmup.train)

@@ -31,6 +31,7 @@ import numpy as np
 
 from llmselect import atomic, config
 from llmselect.clustering import Clustering, stored_clusters
+from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside
@@ -124,6 +125,8 @@ def extract_stage(run: Run) -> None:
     warmup = _warm_up(run) if run.recipe.warmup else None
     made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features}
     made = {TOKENS: _tokens(run), **made}
+    if run.recipe.color:
+        color_stage(run, made[TOKENS])
     if run.recipe.sae:
         run.main_first(lambda: sae_stage(run))
     with run.timed("extract"):

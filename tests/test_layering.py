@@ -24,6 +24,7 @@ LEVELS = (
         "mixing",
         "semdedup",
         "clustering",
+        "color",
         "ensemble",
         "prepare",
         "recipe",
