@@ -84,6 +84,25 @@ def test_rows_without_projection_are_autograds(folder, pool, target, tmp_path, o
     assert np.allclose(store["g.norm"][:][:, 0], np.linalg.norm(flat, axis=1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"last_blocks": 1}, {"packed": True}])
+def test_input_norms_are_those_of_autograd_at_the_input_of_the_lowest_block(folder, pool, options):
+    from llmselect.engine.passes import Pass
+
+    backbone = Backbone(folder)
+    run = Pass(backbone, {"g": E.Gradient(model=folder, k=4, dim=64, **options)}, {}, {}, batch_tokens=3000)
+    found = run.compute(list(pool["messages"]), pool["id"], ["g"])["g"]["input_norm"]
+    lowest, expected = backbone.blocks[-1 if "last_blocks" in options else 0], []
+    for row in backbone.encoder.encode(list(pool["messages"])):
+        seen = []
+        hook = lowest.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].requires_grad_()) or args)
+        ids, told = torch.tensor([row.ids]).long(), torch.from_numpy(np.asarray(row.response))[1:]
+        logits = backbone.causal_lm(ids).logits[0, :-1]
+        hook.remove()
+        loss = torch.nn.functional.cross_entropy(logits[told], ids[0, 1:][told])
+        expected.append(float(torch.autograd.grad(loss, seen)[0].norm()))
+    assert found.shape == (14, 1) and np.allclose(found[:, 0], expected, rtol=1e-4)
+
+
 def test_rows_do_not_depend_on_order_padding_side_or_batch(folder, pool):
     from llmselect.engine.passes import Pass
 

@@ -116,12 +116,13 @@ def _graph_from(block: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink,
-                  sample: torch.Generator | None = None, packed: bool = False) -> torch.Tensor:  # fmt: skip
+                  sample: torch.Generator | None = None, packed: bool = False,
+                  at_input: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:  # fmt: skip
     """One forward and one backward of the sum over rows of the row's mean response loss; layers report to `sink`.
 
     With `sample` the labels are drawn from the model's own predictions; `packed` runs the rows as one sequence without
-    padding. Returns the mean response loss of each row `[B]`;
-    NaN for a row without response tokens, whose gradient is 0.
+    padding; `at_input` gets the gradient `[B, T, d]` at the input of the lowest block with a layer, 0 at padding. Returns
+    the mean response loss of each row `[B]`; NaN for a row without response tokens, whose gradient is 0.
     """
     check_head(backbone)
     lowest = next(block for block in backbone.blocks if any(m in set(layers.values()) for m in block.modules()))
@@ -134,7 +135,9 @@ def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.L
             return torch.full((len(batch.ids),), float("nan"))
         picked = states[row, column]
         losses, gradient = head_gradients(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
-        torch.autograd.grad(picked, start, gradient)
+        found = torch.autograd.grad(picked, start, gradient)[0].detach()
+        if at_input is not None:
+            at_input(unpack(found, batch.mask) if packed else found)
     total = torch.zeros(len(count), dtype=torch.float64, device=losses.device).index_add_(0, row, losses.double())
     return (total / count).float()
 

@@ -43,7 +43,8 @@ _READY: WeakKeyDictionary[Any, list[tuple[Checkpoint | None, Projection]]] = Wea
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Extractor):
     """Arrays `value [n, checkpoints · dim]` (int8: scaled per row, cosines are unchanged) and `norm [n, checkpoints]`
-    float32, the length of each sketched gradient; `loss [n]` float32 at the last checkpoint."""
+    float32, the length of each sketched gradient; `input_norm [n, checkpoints]` float32, ‖∂ loss / ∂ states‖ at the input of
+    the lowest block with such a layer, over all its tokens; `loss [n]` float32 at the last checkpoint."""
 
     alone = True
 
@@ -112,7 +113,8 @@ class Gradient(Extractor):
     def arrays(self, backbone: Backbone, groups: Sequence[str]) -> Arrays:
         ready = self._ready(backbone)
         width = sum(projection.width for _, projection in ready)
-        return {"value": (self.store, (width,)), "norm": ("float32", (len(ready),)), "loss": ("float32", ())}
+        return {"value": (self.store, (width,)), **dict.fromkeys(("norm", "input_norm"), ("float32", (len(ready),))),
+                "loss": ("float32", ())}  # fmt: skip
 
     def _ready(self, backbone: Backbone) -> list[tuple[Checkpoint | None, Projection]]:
         """The checkpoints, loaded, each with its projection; once per pass."""
@@ -141,7 +143,7 @@ class Gradient(Extractor):
 
         from llmselect.engine import gradients, moments
 
-        parts, norms, loss = [], [], torch.zeros(0)
+        parts, norms, inputs, loss = [], [], [], torch.zeros(0)
         ready = self._ready(batch.backbone)
         rates = torch.tensor([1.0 if one is None else one.learning_rate for one, _ in ready], dtype=torch.float64)
         for (one, projection), share in zip(ready, (rates / rates.sum()).sqrt().tolist(), strict=True):
@@ -150,13 +152,16 @@ class Gradient(Extractor):
             step = one.moments if one is not None and batch.side == "pool" else None
             curvature = (state, self.damping) if self.fits and batch.side == "target" else None
             projection.start(len(batch.ids), step, curvature)
+            at_input = [torch.zeros(len(batch.ids), 1, 1, device=batch.ids.device)]
             loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink,
-                                           packed=self.packed)  # fmt: skip
+                                           packed=self.packed, at_input=at_input.append)  # fmt: skip
             norm = projection.out.norm(dim=1, keepdim=True)
             parts.append(share * projection.out / norm.clamp_min(1e-30))
-            norms.append(norm.masked_fill(loss.isnan()[:, None], float("nan")))
-        value = torch.cat(parts, 1)
-        return {"value": _stored(value, self.store), "norm": torch.cat(norms, 1), "loss": loss}
+            missing = loss.isnan().to(norm.device)[:, None]
+            norms.append(norm.masked_fill(missing, float("nan")))
+            inputs.append(at_input[-1].float().flatten(1).norm(dim=1, keepdim=True).masked_fill(missing, float("nan")))
+        lengths = {"norm": torch.cat(norms, 1), "input_norm": torch.cat(inputs, 1)}
+        return {"value": _stored(torch.cat(parts, 1), self.store), **lengths, "loss": loss}
 
 
 def _stored(value: torch.Tensor, dtype: str) -> torch.Tensor:
