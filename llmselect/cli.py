@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_models
+from llmselect import cli_models, cli_refine
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -65,10 +65,10 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other, not for this user
-    from llmselect import comparison, prepare, stages
+    from llmselect import comparison, prepare, refine_stage, stages
 
     run = stages.Run(plan)
-    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage,),
+    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
              "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
     table = None
     for name, steps in order.items():
@@ -165,6 +165,7 @@ def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")]
 
 
 cli_models.add_to(app)
+cli_refine.add_to(app)
 
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
 app.add_typer(sae_app, name="sae")

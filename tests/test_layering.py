@@ -26,6 +26,9 @@ LEVELS = (
         "prepare",
         "recipe",
         "refine",
+        "refine_steps",
+        "refine_stage",
+        "judges",
         "train",
         "packing",
         "token_steps",
@@ -43,7 +46,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "cli_models", "__main__"},
+    {"cli", "cli_models", "cli_refine", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
