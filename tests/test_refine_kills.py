@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_refine import CLUSTERS, STEPS, contents, world
 
 from llmselect import atomic
 from llmselect.refine import Loop, Steps, refine
-from test_refine import CLUSTERS, STEPS, contents, world
 
 
 def saved(folder: Path, steps: Steps = STEPS) -> dict[str, bytes]:
