@@ -23,6 +23,8 @@ def refine(recipe: Annotated[Path, typer.Argument(help="a recipe file, or a fold
     Example: `llmselect refine recipes/iterative vars.data=DIR vars.model=DIR`. `llmselect run` does this too, and then
     trains and compares the selection with those of other methods.
     """
+    import warnings
+
     from llmselect import prepare, refine_stage, stages
     from llmselect import recipe as recipes
 
@@ -32,6 +34,7 @@ def refine(recipe: Annotated[Path, typer.Argument(help="a recipe file, or a fold
         expected = refine_stage.expected(plan)
         typer.echo(json.dumps(expected) if as_json else refine_stage.text(expected))
         return
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other, not for this user
     run = stages.Run(plan)
     for stage in (prepare.prepare, stages.extract_stage, refine_stage.refine_stage):
         stage(run)

@@ -48,6 +48,7 @@ def _refine(run: Run, settings: Refine, seed: int) -> None:
                                  + "\nDelete it, or give the run another out=.")  # fmt: skip
         return
     process.wait_for_everyone()  # nobody may save before everybody has looked
+    _same_threads(run)
     start, model, train = time.monotonic(), recipe.model, settings.train or recipe.train
     x: Any = run.store[settings.x]
     quality: Any = run.store[settings.quality] if settings.quality else None
@@ -56,6 +57,15 @@ def _refine(run: Run, settings: Refine, seed: int) -> None:
                   run.folder / "refine" / f"seed-{seed}", quality=quality, seed=seed, exclude=_lost(run, x, quality), about=key,
                   process=process)  # fmt: skip
     run.main_first(lambda: _save(run, made, out, key, settings.method, time.monotonic() - start))
+
+
+def _same_threads(run: Run) -> None:
+    """Take the threads of the run that began this folder: sums over another number have other last bits."""
+    import torch
+
+    from llmselect.stages import TOKENS
+
+    torch.set_num_threads(int(run.store.open(TOKENS).spec["threads"]))
 
 
 def _save(run: Run, made: Selection, out: Path, key: dict[str, Any], method: str, seconds: float) -> None:

@@ -130,15 +130,18 @@ class _Room:
 def check(settings: Refine, model_max_length: int | None) -> None:
     """What can be wrong with the section without reading data or loading a model.
 
-    Errors: `UsageError`; `MissingExtra` without FAISS or the generation backend.
+    Errors: `UsageError`; `MissingExtra` without FAISS or the backend of generation.
     """
+    from importlib.util import find_spec
+
     from llmselect import generate
-    from llmselect.errors import require
+    from llmselect.errors import MissingExtra
     from llmselect.recipe import looks_like_path
     from llmselect.train import validate
 
     generate.check(settings.backend, None)
-    require("faiss", "cluster")
+    if find_spec("faiss") is None:
+        raise MissingExtra("refine: clustering needs FAISS: pip install 'llmselect[cluster]'")
     if model_max_length is not None and settings.max_new_tokens >= model_max_length:
         raise UsageError(
             f"refine.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt in model.max_length="
