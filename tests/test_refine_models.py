@@ -20,9 +20,12 @@ import tiny
 from llmselect import judges
 from llmselect.errors import UsageError
 from llmselect.recipe import load_recipe
+from llmselect.refine import Round
 from llmselect.refine_stage import expected, report_text
+from llmselect.refine_steps import ModelSteps, Refine
 from llmselect.selection import Selection
 from llmselect.stages import Run
+from llmselect.train import Train
 
 PAIRS = 11
 
@@ -86,6 +89,21 @@ def test_perplexity_of_what_does_not_fit_is_no_number(model):
     whole = judges.perplexity(prompts, gold, others, model=str(model))
     assert np.flatnonzero(np.isnan(found)).tolist() == [3] and np.isfinite(whole).all()
     np.testing.assert_allclose(np.delete(found, 3), np.delete(whole, 3), atol=1e-5)
+
+
+def test_the_judge_is_who_the_recipe_says(model, tmp_path):
+    adapter, other = talker.save_adapter(tmp_path / "adapter", model), tiny.save(tmp_path / "other")
+    at, rows = Round(1, tmp_path, {"adapter": "adapter"}), conversations()
+    own = {"current": (model, str(adapter)), "base": (model, None), str(other): (other, None)}
+    found = {}
+    for judge, (path, lora) in own.items():
+        steps = ModelSteps(Refine(x="rds", judge=judge), str(model), Train()).steps
+        found[judge] = steps.score(at, *rows)
+        assert found[judge] == judges.perplexity(*rows, model=str(path), adapter=lora).tolist()
+    assert len({one[0] for one in found.values()}) == 3
+    rewarding = Refine(x="rds", scorer="reward", judge=str(save_judge(tmp_path / "judge")))
+    rewards = ModelSteps(rewarding, str(model), Train()).steps.score(at, *rows)
+    assert rewards == judges.reward(*rows, model=str(tmp_path / "judge")).tolist()
 
 
 @pytest.mark.parametrize(("pad", "batch_tokens"), [(1, 1), (1, 500), (1, 100_000), (None, 100_000)])
