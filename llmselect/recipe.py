@@ -185,7 +185,8 @@ class Recipe:
         for name in self.methods:
             self._check_method(name)
         self._check_dedup()
-        self._check_refine()
+        if self.refine:
+            check_refine(self.refine, self)
         validate(self.train)
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
@@ -233,21 +234,6 @@ class Recipe:
                                  f"There are: {list(self.features)}")  # fmt: skip
         if not 0 < self.dedup.threshold < 1:
             raise UsageError(f"dedup.threshold: {self.dedup.threshold} must lie between 0 and 1")
-
-    def _check_refine(self) -> None:
-        asked = self.refine
-        if asked is None:
-            return
-        for key in ("x", "quality"):
-            feature = getattr(asked, key)
-            if feature is not None and feature.partition(".")[0] not in self.features:
-                raise UsageError(f"refine.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
-                                 f"There are: {list(self.features)}")  # fmt: skip
-        if asked.method in self.methods:
-            raise UsageError(f"refine.method: '{asked.method}' is also in methods; give another name")
-        if Budget.parse(self.budget).tokens is not None:
-            raise UsageError("budget: refine divides rows over rounds, not tokens; give rows or a share, e.g. budget=5%")
-        check_refine(asked, self.model.max_length)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

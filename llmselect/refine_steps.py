@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmselect.backends import Sampling
-from llmselect.errors import UsageError
+from llmselect.errors import UsageError, nearest
 from llmselect.refine import Loop, Message, Round, Steps
+from llmselect.selection import Budget
 from llmselect.train import Train
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from llmselect.recipe import Recipe
 
 ADAPTER = "adapter"
 OWN = ("current", "base")
@@ -127,8 +130,8 @@ class _Room:
         return len(ids) + self.new <= self.encoder.max_length
 
 
-def check(settings: Refine, model_max_length: int | None) -> None:
-    """What can be wrong with the section without reading data or loading a model.
+def check(settings: Refine, recipe: Recipe) -> None:
+    """What can be wrong with the section in its recipe, without reading data or loading a model.
 
     Errors: `UsageError`; `MissingExtra` without FAISS or the backend of generation.
     """
@@ -139,19 +142,37 @@ def check(settings: Refine, model_max_length: int | None) -> None:
     from llmselect.recipe import looks_like_path
     from llmselect.train import validate
 
+    _check_places(settings, recipe)
     generate.check(settings.backend, None)
     if find_spec("faiss") is None:
         raise MissingExtra("refine: clustering needs FAISS: pip install 'llmselect[cluster]'")
-    if model_max_length is not None and settings.max_new_tokens >= model_max_length:
+    limit = recipe.model.max_length
+    if limit is not None and settings.max_new_tokens >= limit:
         raise UsageError(
-            f"refine.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt in model.max_length="
-            f"{model_max_length}; lower it"
+            f"refine.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt in model.max_length={limit}; lower it"
         )
     judge = settings.judge
     if judge not in OWN and looks_like_path(judge) and not (Path(judge) / "config.json").is_file():
         raise UsageError(f"refine.judge: {judge} is no folder with a config.json; give current, base, a model folder or Hub id")
     if settings.train:
         validate(settings.train)
+
+
+def _check_places(settings: Refine, recipe: Recipe) -> None:
+    """The section against features, methods and budget of its recipe."""
+    for key in ("x", "quality"):
+        feature = getattr(settings, key)
+        if feature is None:
+            continue
+        if feature.partition(".")[0] not in recipe.features:
+            raise UsageError(f"refine.{key}: no feature '{feature}'.{nearest(feature, recipe.features)} "
+                             f"There are: {list(recipe.features)}")  # fmt: skip
+        if recipe.lazy(feature):
+            raise UsageError(f"refine.{key}: all of it is read; give features.{feature.partition('.')[0]} lazy: false")
+    if settings.method in recipe.methods:
+        raise UsageError(f"refine.method: '{settings.method}' is also in methods; give another name")
+    if Budget.parse(recipe.budget).tokens is not None:
+        raise UsageError("budget: refine divides rows over rounds, not tokens; give rows or a share, e.g. budget=5%")
 
 
 def _free() -> None:

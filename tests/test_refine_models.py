@@ -260,6 +260,7 @@ def test_a_dry_run_tells_rows_and_answers(tmp_path, model):
 MISTAKES = [
     ("refine.x=rdss", r"refine\.x: no feature 'rdss'\. Did you mean 'rds'\?"),
     ("refine.quality=q", r"refine\.quality: no feature 'q'"),
+    ("features.rds.lazy=true", r"refine\.x: all of it is read; give features\.rds lazy: false"),
     ("refine.rouns=2", r"refine\.rouns: unknown key\. Did you mean 'rounds'\?"),
     ("refine.rounds=0", r"refine: rounds: 0 must be at least 1"),
     ("refine.update=exq", r"refine\.update: expected .*one of exp, paper, softmax"),
