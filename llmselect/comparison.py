@@ -56,7 +56,7 @@ def chosen(run: Run, method: str, seed: int) -> tuple[Dataset, Selection | None]
     if method == FULL:
         return run.pool, None
     selection = Selection.load(run.folder / "selections" / method / f"seed-{seed}")
-    return selection.to_dataset(run.pool), selection
+    return selection.to_dataset(run.pool, repeat=selection.weights is not None), selection
 
 
 def train_stage(run: Run) -> None:
