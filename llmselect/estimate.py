@@ -104,6 +104,7 @@ def text(found: dict[str, Any], recipe: Recipe) -> str:
             f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
             f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {extracting}",
             f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
+            *(["  refine    its rounds are not counted here; llmselect refine --dry-run tells them"] if recipe.refine else []),
             f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {training}",
             f"  ({found['note']})",
         ]

@@ -254,6 +254,7 @@ def test_a_dry_run_tells_rows_and_answers(tmp_path, model):
     assert found["trainings"] == 4 and found["generations"] == 24
     told = cli("refine", recipe, "--dry-run", "budget=50%").stdout
     assert "about 30 rows in 3 rounds" in told and "10 new rows, train on 10, at most 6 answers" in told
+    assert "llmselect refine --dry-run tells them" in cli("run", recipe, "--dry-run").stdout
     assert not (tmp_path / "run").exists()
 
 
