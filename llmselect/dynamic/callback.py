@@ -65,7 +65,7 @@ class EpochCallback(TrainerCallback, ExportableState):
             self.first_step = state.global_step
         self.resumed = False
         self.history.append((self.epochs.indices, self.epochs.weights))
-        scheduler = kwargs.get("lr_scheduler")
+        scheduler: Any = kwargs.get("lr_scheduler")
         if self.planned and hasattr(scheduler, "lr_lambdas"):
             while scheduler.last_epoch < self.planned[self.next]:
                 scheduler.step()

@@ -25,7 +25,7 @@ def row_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll.new_zeros(len(labels)).index_add(0, row, nll), keep.sum(1)
 
 
-def weighted_loss(sums: Tensor, weights: Tensor, tokens: Tensor | int) -> Tensor:
+def weighted_loss(sums: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
     """Σᵢ wᵢ Σₜ −log p(yᵢₜ) / N over the rows of a batch, N = `tokens`: the supervised tokens of the whole step, so that
     weights of 1 give the mean that Trainer takes."""
-    return (weights * sums).sum() / (tokens.clamp(min=1) if hasattr(tokens, "clamp") else max(tokens, 1))
+    return (weights * sums).sum() / tokens.clamp(min=1)

@@ -13,7 +13,8 @@ from llmselect.dynamic.state import EpochState
 from llmselect.errors import LlmselectError, UsageError
 
 
-def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int | None = None, losses: Any = None) -> EpochCallback:
+def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int | None = None,
+           losses: Any = None) -> EpochCallback:  # fmt: skip
     """Make `trainer`, a transformers `Trainer` or a subclass such as TRL's `SFTTrainer`, train on the rows of `schedule`.
 
     Epoch e of the training sees exactly the rows of epoch e of the schedule, shared out between the processes. The loss
@@ -41,7 +42,8 @@ def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int 
     _check(trainer, schedule)
     if ids is None and "id" in (getattr(data, "column_names", None) or ()):
         ids = list(data["id"])
-    seed = seed if seed is not None else args.seed if args.data_seed is None else args.data_seed
+    if seed is None:
+        seed = int(args.seed if args.data_seed is None else args.data_seed)
     epochs = _epochs(schedule, trainer, len(data)) if args.max_steps > 0 else ceil(args.num_train_epochs)
     callback = EpochCallback(EpochState(schedule, epochs=epochs, n=len(data), ids=ids, seed=seed, losses=losses))
     trainer.__class__ = type(f"Scheduled{type(trainer).__name__}", (_Scheduled, type(trainer)), {})
@@ -59,7 +61,7 @@ def _check(trainer: Any, schedule: EpochSchedule) -> None:
     if not hasattr(trainer.train_dataset, "__len__") or not hasattr(trainer.train_dataset, "__getitem__"):
         raise UsageError("train_dataset: a schedule needs a dataset with a length and rows by number, not a stream")
     if args.n_gpu > 1:
-        raise UsageError(f"{args.n_gpu} GPUs in one process; start one process each: accelerate launch, or CUDA_VISIBLE_DEVICES=0")
+        raise UsageError(f"{args.n_gpu} GPUs in one process; type accelerate launch, or CUDA_VISIBLE_DEVICES=0")
     given = {
         "packing": getattr(args, "packing", False), "padding_free": getattr(args, "padding_free", False),
         "label_smoothing_factor": args.label_smoothing_factor, "use_liger_kernel": args.use_liger_kernel,
@@ -176,6 +178,7 @@ class _Scheduled:
 
     def _run_epoch(self, **kwargs: Any) -> None:
         trainer: Any = super()
+        assert self._epochs.epoch == kwargs["epoch"]
         batches = len(kwargs["train_dataloader"])
         steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
         self.epoch_callback.steps = steps

@@ -9,9 +9,9 @@ def intervals(values: np.ndarray, k: int, *, iterations: int = 100) -> np.ndarra
     """Labels `[n]` of Lloyd's k-means of `values [n]` (finite), 0 for the interval of the smallest ones.
 
     Starts from the distinct values at the quantiles (j + ½)/k and stops when no label changes, so there is nothing
-    random and the order of the values does not matter. There are fewer than `k` labels where there are fewer distinct
-    starts, or where a cluster loses all its values; labels have no gaps. A value half-way between two centroids goes to the lower one. O(n log n), then
-    O(k log n) per iteration.
+    random and the order of the values does not matter. A value half-way between two centroids goes to the lower one.
+    There are fewer than `k` labels where there are fewer distinct starts, or where a cluster loses all its values;
+    labels have no gaps. O(n log n), then O(k log n) per iteration.
     """
     ordered = np.sort(np.asarray(values, np.float64))
     if not len(ordered):

@@ -46,7 +46,7 @@ class EpochSchedule:
         Errors: `UsageError` when they depend on losses that only training knows, or when neither `n` nor `ids` is given.
         """
         if self.needs_losses:
-            raise UsageError(f"'{self.name}' follows the losses of the training; type llmselect.dynamic.attach(trainer, schedule)")
+            raise UsageError(f"'{self.name}' follows the losses of a training; use llmselect.dynamic.attach(trainer, schedule)")
         if n is None and ids is None:
             raise UsageError("materialise: give n=, the rows of the pool, or ids=")
         n = len(ids) if n is None else n
@@ -70,6 +70,6 @@ def check_share(name: str, value: float, *, above: float | None = None, below: f
 
     Errors: `UsageError` naming field and range.
     """
-    if not 0 <= value <= 1 or value == above or value == below:
+    if not 0 <= value <= 1 or value in (above, below):
         left, right = "(" if above is not None else "[", ")" if below is not None else "]"
         raise UsageError(f"{name}: {value} is not in {left}0, 1{right}")
