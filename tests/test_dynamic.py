@@ -233,3 +233,57 @@ def test_a_schedule_that_leaves_no_row_says_so():
 
     with pytest.raises(LlmselectError, match="'static' leaves no row for epoch 1"):
         EpochState(Nothing(), epochs=1, n=3).begin(0)
+
+
+def test_steps_of_equal_tokens_follow_a_planned_schedule():
+    from llmselect.chat import Encoded
+    from llmselect.dynamic.planned import planned_order
+    from llmselect.token_steps import schedule
+
+    ids, made = [f"r{i}" for i in range(12)], Rs2(5)
+    size = 3  # tokens of every row
+
+    def encode(numbers):
+        ones = np.ones(size, bool)
+        return [Encoded(np.full(size + 1, n, np.int32), np.r_[False, ones], np.zeros(size + 1, np.int8)) for n in numbers]
+
+    order = planned_order({"name": "rs2", "budget": 5}, 4, ids, 7)
+    for tokens, epochs, total in [(None, 4, 60), (70, 1, 70)]:  # a budget of tokens goes on to further epochs
+        plan = schedule(12, encode, tokens, 8, 0, 2, epochs, order)
+        per_step = [sum(stop - start for _, start, stop in step) for step in plan.steps]
+        assert sum(per_step) == plan.tokens == total and all(n == 8 for n in per_step[:-1])
+        seen = [plan.numbers[row] for step in plan.steps for row, start, stop in step for _ in range(stop - start)]
+        walk = np.concatenate([e.indices for e in made.materialise(5, ids=ids, seed=7)])
+        assert seen == np.repeat(walk, size)[:total].tolist()
+        assert all(plan.rows[i].ids[0] == n for i, n in enumerate(plan.numbers))
+
+
+def test_the_token_trainer_refuses_what_it_cannot_plan():
+    from llmselect.train import Train, validate
+
+    validate(Train(schedule={"name": "rs2", "budget": "20%"}))
+    for given, said in [
+        ({"name": "infobatch"}, "'infobatch' follows the losses of a training.*attach"),
+        ({"name": "static", "indices": [1], "weights": [2.0]}, "'static' weighs rows"),
+        ({"name": "rs3"}, "unknown schedule 'rs3'. Did you mean 'rs2'?"),
+        ({"budget": 5}, "train.schedule.name: missing; one of infobatch, rs2"),
+        ({"name": "rs2", "buget": 5}, "buget"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            validate(Train(schedule=given))
+
+
+def test_the_token_trainer_trains_on_rs2(tmp_path):
+    import rows as pools
+    import tiny
+    from llmselect.train import Train, finetune
+
+    model, data = str(tiny.save(tmp_path / "model")), pools.pool(6)
+    settings = {"batch_tokens": 50, "epochs": 3}
+    made = finetune(data, model, tmp_path / "a", Train(**settings, schedule={"name": "rs2", "budget": 2}), seed=0, max_length=96)
+    whole = finetune(data, model, tmp_path / "b", Train(**settings), seed=0, max_length=96)
+    assert made.tokens * 3 == whole.tokens, "three epochs of two of six rows are one pass"
+    again = finetune(data, model, tmp_path / "b", Train(**settings), seed=0, max_length=96)
+    assert again == whole
+    with pytest.raises(LlmselectError, match="schedule"):
+        finetune(data, model, tmp_path / "a", Train(**settings), seed=0, max_length=96)
