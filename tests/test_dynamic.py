@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import subprocess
+import sys
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import rows as pools
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from llmselect import registry
 from llmselect.dynamic.schedules._base import Epoch, annealing
 from llmselect.dynamic.schedules.infobatch import InfoBatch
@@ -262,7 +269,7 @@ def test_the_token_trainer_refuses_what_it_cannot_plan():
     from llmselect.train import Train, validate
 
     validate(Train(schedule={"name": "rs2", "budget": "20%"}))
-    for given, said in [
+    for settings, said in [
         ({"name": "infobatch"}, "'infobatch' follows the losses of a training.*attach"),
         ({"name": "static", "indices": [1], "weights": [2.0]}, "'static' weighs rows"),
         ({"name": "rs3"}, "unknown schedule 'rs3'. Did you mean 'rs2'?"),
@@ -270,12 +277,10 @@ def test_the_token_trainer_refuses_what_it_cannot_plan():
         ({"name": "rs2", "buget": 5}, "buget"),
     ]:
         with pytest.raises(UsageError, match=said):
-            validate(Train(schedule=given))
+            validate(Train(schedule=settings))
 
 
 def test_the_token_trainer_trains_on_rs2(tmp_path):
-    import rows as pools
-    import tiny
     from llmselect.train import Train, finetune
 
     model, data = str(tiny.save(tmp_path / "model")), pools.pool(6)
@@ -287,3 +292,16 @@ def test_the_token_trainer_trains_on_rs2(tmp_path):
     assert again == whole
     with pytest.raises(LlmselectError, match="schedule"):
         finetune(data, model, tmp_path / "a", Train(**settings), seed=0, max_length=96)
+
+
+def test_the_example_of_the_recipe_runs(tmp_path):
+    text = (Path(__file__).parents[1] / "recipes/dynamic/README.md").read_text("utf-8")
+    (tmp_path / "example.py").write_text(text.split("```python\n")[1].split("```")[0], "utf-8")
+    tiny.save(tmp_path / "model")
+    with gzip.open(tmp_path / "pool.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"messages": turns}) + "\n" for turns in tiny.chats(12))
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(said) == 8 and said[0] == said[7].replace("7", "0", 1) == "epoch 0: 12 of 12 rows, 0 of them with more weight"
+    assert not any(" 0 of them" in line for line in said[1:7])
