@@ -267,13 +267,15 @@ def test_the_sampler_alone_gives_plain_rows():
         assert read.tolist() == expected[epoch].indices.tolist() and len(sampler) == 5
 
 
+# Plain gradient descent: Adam would not notice a gradient of twice the size.
+PLAIN = {"num_train_epochs": 4, "gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 SCRIPT = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_dynamic_train as t
 out = Path(sys.argv[1])
-made = t.trainer(out / "run", t.InfoBatch(), num_train_epochs=4, gradient_accumulation_steps=1, ddp_find_unused_parameters=False)
+made = t.trainer(out / "run", t.InfoBatch(), ddp_find_unused_parameters=False, **t.PLAIN)
 seen = t.watch(made.model)
 made.train()
 rank = made.args.process_index
@@ -295,9 +297,7 @@ def test_two_processes_share_the_schedule(tmp_path):
     assert first["world"] == 2
     for key in ("history", "losses", "sum", "steps"):
         assert first[key] == second[key]
-    alone = trainer(
-        tmp_path / "alone", InfoBatch(), num_train_epochs=4, per_device_train_batch_size=4, gradient_accumulation_steps=1
-    )
+    alone = trainer(tmp_path / "alone", InfoBatch(), **{**PLAIN, "per_device_train_batch_size": 4})
     alone.train()
     # The same batches of four rows, so the same training: rows that fill up the last batch count for nothing.
     assert first["history"] == [indices.tolist() for indices, _ in alone.epoch_callback.history]
