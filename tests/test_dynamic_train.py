@@ -303,7 +303,9 @@ def test_two_processes_share_the_schedule(tmp_path):
     assert first["history"] == [indices.tolist() for indices, _ in alone.epoch_callback.history]
     assert first["steps"] == alone.state.global_step
     np.testing.assert_allclose(first["losses"], alone.epoch_callback.epochs.losses, rtol=1e-4)
-    np.testing.assert_allclose(first["sum"], [float(p.double().abs().sum()) for p in alone.model.parameters()], rtol=1e-5)
+    np.testing.assert_allclose(
+        first["sum"], [p.detach().double().abs().sum().item() for p in alone.model.parameters()], rtol=1e-5
+    )
     at = 0
     for rows in first["history"]:
         batches = -(-len(rows) // 4)

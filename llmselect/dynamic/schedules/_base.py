@@ -61,8 +61,8 @@ def permutation(rng: Keyed, stream: str, rows: np.ndarray | None = None) -> np.n
 
 
 def annealing(epoch: int, epochs: int, share: float) -> bool:
-    """Whether `epoch` (from 0) lies in the last `share` of `epochs`: epoch ≥ (1 − share) · epochs."""
-    return epoch >= (1 - share) * epochs - 1e-9
+    """Whether `epoch` (from 0) is one of the last ⌈share · epochs⌉: epoch + 1 > (1 − share) · epochs."""
+    return epoch + 1 > (1 - share) * epochs + 1e-9
 
 
 def check_share(name: str, value: float, *, above: float | None = None, below: float | None = None) -> None:

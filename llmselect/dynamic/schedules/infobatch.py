@@ -1,15 +1,15 @@
 """Drop a random part of the rows that are already learned, and make the others among them count for more.
 
-Paper: InfoBatch, arXiv 2303.04947, sections 2.2 (soft pruning, rescaling) and 2.3 (annealing).
+Paper: InfoBatch, arXiv 2303.04947, section 2 (soft pruning, rescaling, annealing).
 Objective: with ℓᵢ the last loss of row i and ℓ̄ the mean of those known, a row with ℓᵢ < ℓ̄ is left out with probability r;
     if it stays its loss counts 1/(1 − r) times, so that the expected gradient of an epoch is that of all rows. All others
-    stay with weight 1. In the last δ of the epochs nothing is left out.
+    stay with weight 1. In the last ⌈δ·E⌉ of E epochs nothing is left out.
 Inputs: the losses of the training itself.
 Cost: O(n log n) per epoch; no pass of a model beyond training.
 Deviations: each row is drawn on its own, as in the paper's formula, so the number left out varies (the published code
     draws a fixed number). The weight multiplies the row's tokens in the loss of its step, which is a mean over tokens.
     Rows without a finite loss stay with weight 1. The paper writes δ for the point where annealing starts (0.875).
-Defaults: r = 0.5 and the last 12.5 % of epochs, the paper's; with fewer than 8 epochs that is no epoch.
+Defaults: r = 0.5 and δ = 0.125, the paper's. At least the last epoch uses all rows, as in the published code.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ Inputs: the losses of the training itself.
 Cost: O(n log n) per epoch; no pass of a model beyond training.
 Deviations: k-means starts from quantiles, so that nothing in it is random. Rows without a finite loss (all of them in
     the first epoch) stay. Epoch t puts the window at group max(t − 1, 0) mod (G − w + 1): the first epoch has no losses
-    unless they are given. Fewer distinct losses than G make fewer groups. The paper gives the steps, not every index.
-Defaults: keep 0.9, G = 10, α = 0.9; annealing in the last 12.5 % of epochs; with fewer than 8 epochs that is no epoch.
+    unless they are given; the published code has t in place of t − 1, so that its second epoch is not the easiest.
+    Fewer distinct losses than G make fewer groups.
+Defaults: G = 10, α = 0.5 and annealing in the last ⌈12.5 %⌉ of epochs are those of the published code; keep 0.9 is that
+    of its CIFAR script.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class SeTa(EpochSchedule):
 
     keep: float = field(default=0.9, metadata={"help": "part of the rows that an epoch draws at random"})
     groups: int = field(default=10, metadata={"help": "groups of like loss"})
-    alpha: float = field(default=0.9, metadata={"help": "part of the groups inside the window"})
+    alpha: float = field(default=0.5, metadata={"help": "part of the groups inside the window"})
     anneal: float = field(default=0.125, metadata={"help": "last part of the epochs, in which all groups are used"})
 
     def __post_init__(self) -> None:
