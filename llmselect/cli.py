@@ -129,10 +129,11 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = 
 
 @app.command("list")
 def list_methods(as_json: Json = False) -> None:
-    """All selectors and extractors, also those of other installed packages."""
-    from llmselect.registry import describe, extractors, selectors
+    """All selectors, extractors and schedules, also those of other installed packages."""
+    from llmselect.registry import describe, extractors, schedules, selectors
 
-    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in (selectors, extractors)}
+    kinds = (selectors, extractors, schedules)
+    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in kinds}
     if as_json:
         print(json.dumps(found))
         return
@@ -144,15 +145,15 @@ def list_methods(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")], as_json: Json = False) -> None:
+def show(name: Annotated[str, typer.Argument(help="a selector, an extractor or a schedule")], as_json: Json = False) -> None:
     """A method's formula, inputs, cost, paper and parameters."""
     from llmselect.errors import UsageError, nearest
-    from llmselect.registry import SECTIONS, describe, extractors, selectors
+    from llmselect.registry import SECTIONS, describe, extractors, schedules, selectors
 
-    names = selectors.names() + extractors.names()
-    if name not in names:
-        raise UsageError(f"no method '{name}'.{nearest(name, names)} One of: {', '.join(names)}")
-    about = describe((selectors if name in selectors.names() else extractors).get(name))
+    homes = {name: kind for kind in (schedules, extractors, selectors) for name in kind.names()}
+    if name not in homes:
+        raise UsageError(f"no method '{name}'.{nearest(name, homes)} One of: {', '.join(homes)}")
+    about = describe(homes[name].get(name))
     if as_json:
         print(json.dumps(about, default=str))
         return
