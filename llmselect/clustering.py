@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from llmselect.errors import UsageError
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.kmeans import kmeans
 from llmselect.kernels.rows import Rows
+
+if TYPE_CHECKING:
+    from llmselect.stages import Run
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,14 @@ def stored_clusters(x: Any, wanted: Clustering, folder: Path, spec: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(file, buffer.getvalue())
     return label
+
+
+def clusters_for(run: Run, wanted: Clustering | None, dropped: np.ndarray | None) -> dict[str, np.ndarray]:
+    """`groups`, the clusters in the place of sources, and `exclude`: `dropped` and the rows without finite numbers, which are
+    in no cluster. Nothing for None."""
+    if wanted is None:
+        return {}
+    x: Any = run.store[wanted.x]
+    groups = stored_clusters(x, wanted, run.folder / "clusters", run.store.open(wanted.x.partition(".")[0]).spec)
+    lost = np.flatnonzero(groups < 0)
+    return {"groups": groups, "exclude": lost if dropped is None else np.union1d(dropped, lost)}

@@ -15,7 +15,7 @@ from llmselect import atomic, config
 from llmselect.arrays import Subset, fold_ids
 from llmselect.errors import LlmselectError
 from llmselect.readers import stamps
-from llmselect.recipe import PoolSource
+from llmselect.sources import PoolSource
 from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmselect import config
 from llmselect.clustering import Clustering
 from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
+from llmselect.refine_steps import Refine
+from llmselect.refine_steps import check as check_refine
 from llmselect.registry import extractors, selectors
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
+from llmselect.sources import Model, PoolSource, TargetSource
 from llmselect.train import Train
 
 if TYPE_CHECKING:
@@ -23,42 +26,6 @@ if TYPE_CHECKING:
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
 _METHOD_KEYS = ("budget", "limits", "groups")  # of any method
-
-
-@dataclass(frozen=True)
-class Model:
-    """The causal LM that scores and is fine-tuned."""
-
-    path: str = field(metadata={"help": "folder or Hub id"})
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    max_length: int | None = field(default=None, metadata={"help": "tokens per row; null: the model's, at most 2048"})
-
-
-@dataclass(frozen=True)
-class PoolSource:
-    """Where the pool comes from and which of its rows may be used."""
-
-    path: str = field(metadata={"help": "file, folder or Hub id"})
-    columns: dict[str, str] | None = field(default=None, metadata={"help": "column map, e.g. {prompt: question}"})
-    split: str = "train"
-    limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
-    max_invalid: float = field(default=0.001, metadata={"help": "share of bad rows that stops the run"})
-    max_row_bytes: int = 1_000_000
-    decontaminate: bool = field(default=True, metadata={"help": "drop rows that share text with the test sets"})
-    overlong: Literal["reject", "truncate"] = field(
-        default="reject", metadata={"help": "rows whose responses do not fit into max_length"}
-    )
-
-
-@dataclass(frozen=True)
-class TargetSource:
-    """A task: a few examples to select for, and held-out rows to measure on."""
-
-    dev: str
-    test: str | None = None
-    columns: dict[str, str] | None = None
-    dev_limit: int | None = None
-    test_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +65,7 @@ class Recipe:
     warmup: Warmup | None = None
     color: ColorTraining | None = field(default=None, metadata={"help": "train two adapters for features of extractor color"})
     sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
+    refine: Refine | None = field(default=None, metadata={"help": "also select in rounds of training and scoring"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
     out: str | None = field(default=None, metadata={"help": "run folder; null: runs/<name>"})
@@ -112,6 +80,8 @@ class Recipe:
         where = f"features.{name}"
         options = dict(self.features[name])
         cls = _named(extractors, options.pop("extractor", None), where, "extractor")
+        if not isinstance(options.pop("lazy", False), bool):
+            raise UsageError(f"{where}.lazy: true or false")
         shared = {"model": self.model.path, "dtype": self.model.dtype, "max_length": self.model.max_length}
         made: Any = config.from_dict(cls, {**shared, **options}, where)
         if self.trains_sae(made):
@@ -122,6 +92,10 @@ class Recipe:
         if getattr(made, "checkpoints", None) == "warmup" and warmup:
             made = replace(made, checkpoints=warmup)
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
+
+    def lazy(self, name: str) -> bool:
+        """Whether feature `name` (or an array of it) is computed for the rows that a selector asks for only."""
+        return bool(self.features[name.partition(".")[0]].get("lazy", False))
 
     def trains_sae(self, extractor: Extractor) -> bool:
         """Whether a feature reads the SAE of this recipe's `sae:` section."""
@@ -160,9 +134,11 @@ class Recipe:
         """
         from llmselect.train import validate
 
-        if not self.methods or not self.targets:
-            raise UsageError(f"{'methods' if not self.methods else 'targets'}: at least one is needed")
-        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features)):
+        if not (self.methods or self.refine) or not self.targets:
+            raise UsageError(f"{'targets' if self.methods or self.refine else 'methods'}: at least one is needed")
+        rounds = {self.refine.method: None} if self.refine else {}
+        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
+                            ("refine.method", rounds)):  # fmt: skip
             for name in names:
                 if not name or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
                     raise UsageError(f"{kind}.{name}: not a name; allowed: letters, digits, '_', '+', '-', not base or full")
@@ -186,6 +162,8 @@ class Recipe:
         for name in self.methods:
             self._check_method(name)
         self._check_dedup()
+        if self.refine:
+            check_refine(self.refine, self)
         validate(self.train)
         if self.color:
             validate(self.color.train)
@@ -211,6 +189,8 @@ class Recipe:
             raise UsageError(f"methods.{name}.limits.quotas.{min(unknown)}: no such target; there are {list(self.targets)}")
         inputs = inputs_of(type(selector))
         grouping = self.grouping_of(name)
+        if grouping and grouping.x.partition(".")[0] in self.features and self.lazy(grouping.x):
+            raise UsageError(f"methods.{name}.groups: clusters need all of {grouping.x}; give the feature lazy: false")
         if grouping and self.limits_of(name):
             raise UsageError(f"methods.{name}.limits: they are on sources, and groups: takes clusters in their place; give one")
         for key in [*reads, *({"groups"} & set(self.methods[name]))]:
@@ -223,6 +203,9 @@ class Recipe:
             if str(feature).partition(".")[0] not in self.features:
                 raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
                                  f"There are: {list(self.features)}")  # fmt: skip
+            if self.lazy(str(feature)) and key not in selector.lazy:
+                raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
+                                 f"give features.{feature} lazy: false")  # fmt: skip
 
 
     def _check_dedup(self) -> None:
@@ -268,7 +251,7 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
     out = dict(plain)
-    for section, keys in (("model", ("path",)), ("pool", ("path",))):
+    for section, keys in (("model", ("path",)), ("pool", ("path",)), ("refine", ("judge",))):
         if isinstance(out.get(section), Mapping):
             out[section] = {k: resolve(v) if k in keys else v for k, v in out[section].items()}
     if isinstance(out.get("targets"), Mapping):

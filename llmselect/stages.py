@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
-from llmselect.clustering import Clustering, stored_clusters
+from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
@@ -59,7 +58,7 @@ class Run:
     """One recipe in its folder."""
 
     recipe: Recipe
-    report: dict[str, Any] = field(default_factory=dict)
+    _lazy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -96,6 +95,18 @@ class Run:
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
+    def array(self, name: str) -> Any:
+        """The pool side of a feature, whole or computed on demand."""
+        if not self.recipe.lazy(name):
+            return self.store[name]
+        if name not in self._lazy:
+            from llmselect.engine.on_demand import lazy
+
+            warmup = str(self.folder / "warmup") if self.recipe.warmup else None
+            made = self.recipe.extractor(name.partition(".")[0], warmup)
+            self._lazy[name] = lazy(self.pool, self.store, name, made, target=self.target, batch_tokens=self.recipe.batch_tokens)
+        return self._lazy[name]
+
     def opened(self, place: str) -> Dataset:
         """The rows in a folder of the run."""
         from datasets import Dataset
@@ -123,7 +134,7 @@ class Run:
 def extract_stage(run: Run) -> None:
     """Every feature of the recipe, plus token counts, on pool and targets."""
     warmup = _warm_up(run) if run.recipe.warmup else None
-    made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features}
+    made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features if not run.recipe.lazy(name)}
     made = {TOKENS: _tokens(run), **made}
     if run.recipe.color:
         color_stage(run, made[TOKENS])
@@ -173,13 +184,21 @@ def _warm_up(run: Run) -> str:
 
 def select_stage(run: Run) -> None:
     """One selection per method and seed."""
-    run.main_first(lambda: [_select(run, method, seed) for method in run.recipe.methods for seed in run.recipe.seeds])
+    for method in run.recipe.methods:
+        lazy = any(run.recipe.lazy(name) for name in run.recipe.selector(method)[1].values())
+        for seed in run.recipe.seeds:
+            if lazy:  # every process computes its share of the rows asked for
+                _select(run, method, seed)
+                run.process.wait_for_everyone()
+            else:
+                run.main_first(lambda method=method, seed=seed: _select(run, method, seed))
 
 
 def _select(run: Run, method: str, seed: int) -> None:
     out = run.folder / "selections" / method / f"seed-{seed}"
     selector, reads = run.recipe.selector(method)
-    specs = {key: dict(run.store.open(name.partition(".")[0]).spec) for key, name in reads.items()}
+    arrays: dict[str, Any] = {key: run.array(name) for key, name in reads.items()}
+    specs = {key: {k: v for k, v in array.spec.items() if k != "part"} for key, array in arrays.items()}
     key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
            "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
     limits, dropped = run.recipe.limits_of(method), semantic_duplicates(run)
@@ -197,7 +216,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     start = time.monotonic()
     inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
-              "exclude": dropped, **_inputs(run, type(selector), reads), **_clusters(run, grouping, dropped)}  # fmt: skip
+              "exclude": dropped, **_inputs(run, type(selector), reads, arrays), **clusters_for(run, grouping, dropped)}
     try:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)
@@ -209,27 +228,17 @@ def _select(run: Run, method: str, seed: int) -> None:
     evidence = {**made.evidence, **_top_tokens(run, reads, made)}
     seconds = round(time.monotonic() - start, 3)
     provenance = {**made.provenance, "key": key, "method": method}
+    if not run.process.is_main_process:
+        return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
     timings = run.folder / "selections" / "seconds.json"
     known = json.loads(timings.read_text()) if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
-def _clusters(run: Run, grouping: Clustering | None, dropped: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Clusters in the place of sources; rows without finite numbers are in none and are left out."""
-    if grouping is None:
-        return {}
-    x: Any = run.store[grouping.x]
-    spec = run.store.open(grouping.x.partition(".")[0]).spec
-    groups = stored_clusters(x, grouping, run.folder / "clusters", spec)
-    lost = np.flatnonzero(groups < 0)
-    return {"groups": groups, "exclude": lost if dropped is None else np.union1d(dropped, lost)}
-
-
-def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any]:
+def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays that a selector's hook asks for, from features, pool and targets."""
-    wanted = inputs_of(selector)
-    found: dict[str, Any] = {key: run.store[name] for key, name in reads.items()}
+    wanted, found = inputs_of(selector), dict(arrays)
     if "groups" in wanted:
         found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
@@ -254,43 +263,8 @@ def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str
     found = {}
     for name in reads.values():
         feature = name.partition(".")[0]
+        if run.recipe.lazy(feature):
+            continue
         tops = [one for one in run.store.open(feature).spec["arrays"] if one.startswith("top_")]
         found |= {one: run.store[f"{feature}.{one}"][made.indices] for one in tops}
     return found
-
-
-def describe_latents(run: Run, latents: str | None, rows: int) -> list[dict[str, Any]]:
-    """What latents of the run's `sae` feature fire on: those named, or the ones that decided most picks."""
-    from llmselect.engine.backbone import Backbone
-    from llmselect.sae import describe, load
-
-    made: dict[str, Any] = {name: run.recipe.extractor(name) for name in run.recipe.features}
-    name = next((name for name, one in made.items() if one.name == "sae"), None)
-    if name is None:
-        raise UsageError(f"the recipe has no feature with extractor: sae; its features: {list(made)}")
-    if latents is None:
-        wanted = _deciding(run)
-    elif all(part.strip().isdigit() for part in latents.split(",")):
-        wanted = [int(part) for part in latents.split(",")]
-    else:
-        raise UsageError(f"--latents {latents}: give numbers, e.g. --latents 12,845")
-    x: Any = run.store[name]
-    model = run.recipe.model
-    if wrong := [latent for latent in wanted if latent >= x.shape[1]]:
-        raise UsageError(f"--latents: {wrong[0]} is not one of 0 … {x.shape[1] - 1}")
-    backbone = Backbone(model.path, None, model.dtype, model.max_length)
-    layer = int(run.store.fitted(name)["layer"])
-    sae = load.load(made[name].sae, made[name].sae_id, str(backbone.device))
-    return describe.describe(run.pool, x, sae, backbone, layer, wanted, rows)
-
-
-def _deciding(run: Run, count: int = 8) -> list[int]:
-    """The latents that come first in the evidence of most rows that MONA picked."""
-    votes: Counter[int] = Counter()
-    for file in sorted((run.folder / "selections").glob("*/*/selection.json")):
-        evidence = Selection.load(file.parent).evidence
-        if "latent" in evidence:
-            votes.update(int(latent) for latent in evidence["latent"][:, 0] if latent >= 0)
-    if not votes:
-        raise UsageError("this run has no MONA selection yet; run it first, or name --latents")
-    return [latent for latent, _ in votes.most_common(count)]
