@@ -43,7 +43,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "cli_models", "__main__"},
+    {"cli", "cli_models", "cli_push", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
