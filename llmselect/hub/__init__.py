@@ -148,10 +148,10 @@ def _source(run: Run, methods: Sequence[str] | None, base_model: str | None) -> 
             selection = Selection.load(place)
             subsets.append(rows.subset(selection, json.loads((place / "selection.json").read_bytes())["checksum"]))
     names = {feature.partition(".")[0] for one in subsets for feature in one.about.get("reads", {}).values()}
-    file = run.folder / "versions.json"
-    versions = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    return content.Source(subsets, run.pool, run.store.open(TOKENS).spec["rows"], origin.of_recipe(run.recipe, base_model),
-                          versions, {name: _feature(run, name) for name in sorted(names)})  # fmt: skip
+    versions, account = (json.loads((run.folder / f"{name}.json").read_text("utf-8")) for name in ("versions", "rows"))
+    source = origin.of_recipe(run.recipe, base_model, account.get("dataset"))
+    return content.Source(subsets, run.pool, run.store.open(TOKENS).spec["rows"], source, versions,
+                          {name: _feature(run, name) for name in sorted(names)})  # fmt: skip
 
 
 def _feature(run: Run, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # As entities these neither end a table cell or a paragraph nor begin a link, a picture, code or HTML.
-_MARKS = {ord(one): f"&#{ord(one)};" for one in "\\`*[]<>&|~\"'"}
+_MARKS = {ord(one): f"&#{ord(one)};" for one in "\\`*[]<>&|~$\"'"}
 
 DATASET = """\
 ---
@@ -67,7 +67,7 @@ Neither the rows nor their source state a licence, so none is given here. Ask wh
 {%- elif licence.rows | length == 1 -%}
 As the rows or their source state it. The rows are the work of others; this selection adds no terms.
 {%- else -%}
-The rows carry several licences; each row goes by its own.
+The rows carry several licences; each row goes by its own, in the column `license` where it states one.
 {%- endif %}
 
 | licence | rows |

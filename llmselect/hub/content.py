@@ -130,12 +130,10 @@ def _reproduce(source: Source) -> Any:
                  for one in source.subsets}  # fmt: skip
         return card.fenced(dump_yaml(plain), "yaml")
     missing = "".join(f" {name}=PATH" for name in origin.missing)
-    said = f"With llmselect {llmselect.__version__} and `recipe.yaml` of this repository:"
-    if missing:
-        said += " what has no public place is to be given by path."
+    said = f"With llmselect {llmselect.__version__} and the recipe of this repository, which is the one below"
+    said += "; what has no public place is given by path:" if missing else ":"
     command = card.fenced(f"llmselect select recipe.yaml{missing}", "bash")
-    return Markup("\n").join([Markup(card.cell(said).replace("&#96;", "`")), Markup(), command,
-                              card.fenced(dump_yaml(dict(origin.recipe)), "yaml")])  # fmt: skip
+    return Markup("\n").join([card.cell(said), Markup(), command, card.fenced(dump_yaml(dict(origin.recipe)), "yaml")])
 
 
 def feature_files(store: FeatureStore, scratch: Path) -> dict[str, Path]:

@@ -88,16 +88,24 @@ def of_dataset(name: str | None) -> Origin:
     licence = head.get("license")
     if licence == "other":
         licence = head.get("license_name") or licence
-    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else licence
     language = head.get("language")
     language = language[0] if isinstance(language, list) and len(language) == 1 else language
     # Of several languages nobody knows which ones the selected rows are in.
     language = language if isinstance(language, str) else None
-    return Origin(name, name, Path(found).parent.name, str(licence) if licence else None, language)
+    stated = label(licence)
+    return Origin(name, name, Path(found).parent.name, None if stated == NOT_STATED else stated, language)
 
 
-def of_recipe(recipe: Recipe, base_model: str | None) -> Origin:
-    """The origin of a run's rows; `base_model` is the public name of its model."""
+def noted(name: str) -> dict[str, str | None] | None:
+    """What `rows.json` keeps of a Hub dataset at the time when it is read; None for files."""
+    if looks_like_path(name):
+        return None
+    found = of_dataset(name)
+    return {"id": name, "revision": found.revision, "licence": found.licence, "language": found.language}
+
+
+def of_recipe(recipe: Recipe, base_model: str | None, note: Mapping[str, Any] | None = None) -> Origin:
+    """The origin of a run's rows; `base_model` is the public name of its model, `note` what `noted` kept."""
     if base_model is not None:
         check_id(base_model, "--base-model")
     plain = config.to_dict(recipe)
@@ -105,8 +113,12 @@ def of_recipe(recipe: Recipe, base_model: str | None) -> Origin:
     if base_model is not None:
         told["model"]["path"] = base_model
     model = told["model"]["path"]
-    local = looks_like_path(recipe.pool.path) or recipe.pool.path != told["pool"]["path"]
-    found = Origin(told["pool"]["path"]) if local else of_dataset(recipe.pool.path)
+    if note is not None:
+        found = Origin(note["id"], note["id"], note["revision"], note["licence"], note["language"])
+    elif looks_like_path(recipe.pool.path) or recipe.pool.path != told["pool"]["path"]:
+        found = Origin(told["pool"]["path"])
+    else:
+        found = of_dataset(recipe.pool.path)
     places = {"pool.path": recipe.pool.path, "model.path": "" if base_model else recipe.model.path}
     places |= {f"targets.{n}.{k}": getattr(t, k) for n, t in recipe.targets.items() for k in ("dev", "test")}
     missing = tuple(key for key, value in places.items() if value and looks_like_path(value))
@@ -143,9 +155,10 @@ def licence_of(pool: Dataset, rows: np.ndarray, stated: str | None) -> Licence:
     return Licence("other", re.sub(r"[^a-z0-9.]+", "-", only.lower()).strip("-.")[:60] or "unnamed", counts)
 
 
-def label(stated: str | None) -> str:
+def label(stated: Any) -> str:
     """A licence by the Hub's identifier where it is only written otherwise (`CC BY 4.0`), else as stated."""
-    if not stated or not stated.strip():
+    stated = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated or "")
+    if not stated.strip():
         return NOT_STATED
     plain = re.sub(r"[\s_]+", "-", stated.strip().lower())
     return plain if plain in IDENTIFIERS else " ".join(stated.split())[:200]

@@ -89,8 +89,9 @@ def send(api: Any, user: str, target: Target, files: Mapping[str, Path]) -> Push
         raise LlmselectError(f"push to {target.repo}: the Hub answered {_status(error)}. Type the same command to continue; "
                              "for 401 and 403 log in with a token that may write there: hf auth login") from error  # fmt: skip
     except (_transport(), OSError, RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LlmselectError(f"push to {target.repo} failed: {first}. Type the same command to continue") from error
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = f" ({_status(error.__cause__)})" if isinstance(error.__cause__, HfHubHTTPError) else ""
+        raise LlmselectError(f"push to {target.repo} failed: {first}{why}. Type the same command to continue") from error
 
 
 def _commit(api: Any, user: str, target: Target, files: Mapping[str, Path]) -> Pushed:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect.hub.origin import clean
+from llmselect.hub.origin import NOT_STATED, clean
 from llmselect.selection import Selection
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def _type(values: np.ndarray) -> Any:
 def _column(values: np.ndarray, kind: Any) -> Any:
     import pyarrow as pa
 
-    return pa.array(values.tolist() if values.ndim > 1 or values.dtype.kind in "OUSf" else values, kind)
+    if values.ndim > 1 or values.dtype.kind in "OUS":
+        return pa.array(values.tolist(), kind)
+    return pa.array(values.astype(np.float32) if values.dtype == np.float16 else values, kind)
 
 
 def write_scores(subsets: Sequence[Subset], pool: Dataset, file: Path) -> bool:
@@ -138,7 +140,7 @@ def mix(subsets: Sequence[Subset], pool: Dataset, most: int = 20) -> Mix | None:
     narrow = pool.select_columns(["source"])
     for start in range(0, len(pool), BATCH):
         names = narrow[start : start + BATCH]["source"]
-        numbers[start : start + len(names)] = [known.setdefault(clean(str(name)), len(known)) for name in names]
+        numbers[start : start + len(names)] = [known.setdefault(clean(str(name or NOT_STATED)), len(known)) for name in names]
     counts = Counter(numbers.tolist())
     names = list(known)
     order = sorted(counts, key=lambda one: (-counts[one], names[one]))
