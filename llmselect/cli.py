@@ -36,6 +36,7 @@ def main() -> None:
     for noisy in ("transformers", "datasets", "accelerate", "trl", "peft", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings print signed addresses of uploads
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of a hundred model loads hide our own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -225,7 +225,13 @@ def test_a_run_keeps_the_revision_that_it_read(server, hub_run, tmp_path, monkey
         stage(run)
     cache_card(tmp_path, "new", "license: mit")
     (report,) = hub.push_run(run.folder, "me/subset", dry_run=True)
+    config = run.folder / "config.yaml"
+    config.write_text(config.read_text().replace(f"path: {hub_run.recipe.model.path}", "path: org/base"))
+    with pytest.raises(UsageError, match=r"the run's model is org/base; leave the option out"):
+        hub.push_run(run.folder, "me/subset", base_model="org/tiny", dry_run=True)
     assert f"{len(run.pool)} rows, revision old." in report.card and front(report.card)["license"] == "odc-by"
+    with pytest.raises(UsageError, match=r"'id'; give the dataset that llmselect.load_pool returned"):
+        Selection(np.array([1]), 12).push_to_hub("me/subset", run.pool.remove_columns("id"), dry_run=True)
     assert "pool.path=PATH" not in report.card and "model.path=PATH targets.t.dev=PATH" in report.card
 
 

@@ -37,7 +37,7 @@ Digests of pool, model and selections are in `llmselect.json`{% if origin.recipe
 |---|---|---|---|---|---|---|
 {% for one in subsets -%}
 | {{ one.name | cell }} | {{ one.method | cell }} | {{ one.about.selector | cell }} | \
-{{ one.about.config | pairs | cell }} | {{ one.about.budget | pairs | cell }} | {{ one.about.seed | cell }} | \
+{{ one.settings | pairs | cell }} | {{ one.about.budget | pairs | cell }} | {{ one.about.seed | cell }} | \
 {{ one.selection | length }} |
 {% endfor %}
 {%- if features %}

@@ -106,8 +106,9 @@ def noted(name: str) -> dict[str, str | None] | None:
 
 def of_recipe(recipe: Recipe, base_model: str | None, note: Mapping[str, Any] | None = None) -> Origin:
     """The origin of a run's rows; `base_model` is the public name of its model, `note` what `noted` kept."""
-    if base_model is not None:
-        check_id(base_model, "--base-model")
+    given = base_model is not None and check_id(base_model, "--base-model") != recipe.model.path
+    if given and not looks_like_path(recipe.model.path):
+        raise UsageError(f"--base-model {base_model}: the run's model is {recipe.model.path}; leave the option out")
     plain = config.to_dict(recipe)
     told = {name: clean(value) for name, value in plain.items() if name not in ("out", "vars")}
     if base_model is not None:

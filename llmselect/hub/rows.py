@@ -37,6 +37,11 @@ class Subset:
         key = {**{k: told.get(k) for k in ("selector", "config", "seed", "budget")}, **told.get("key", {})}
         return clean({name: value for name, value in key.items() if name != "features"})
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The selector's settings, and the limits and the removal of duplicates around it."""
+        return {**(self.about.get("config") or {}), **{k: self.about[k] for k in ("limits", "dedup") if k in self.about}}
+
 
 def subset(selection: Selection, checksum: str | None = None) -> Subset:
     """`selection` named by method, seed and budget, in letters that a file and a configuration may have."""
