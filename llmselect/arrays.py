@@ -140,6 +140,11 @@ class Stored:
     def __len__(self) -> int:
         return self.feature.n
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the feature was made from."""
+        return dict(self.feature.spec)
+
     @cached_property
     def non_finite(self) -> np.ndarray:
         """Rows that were stored with a NaN or an infinity in this feature: selectors leave them out.
@@ -234,6 +239,8 @@ class Subset:
         self.shape, self.dtype, self.ndim = (len(rows), *array.shape[1:]), array.dtype, array.ndim
         if isinstance(array, SparseArray):
             self.width = array.width
+        if hasattr(array, "lazy"):
+            self.lazy = True
 
     def __len__(self) -> int:
         return len(self.rows)

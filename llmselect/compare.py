@@ -54,13 +54,14 @@ def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) ->
     cost = np.asarray(store["tokens.supervised"])
     tokens = cost[selection.indices]
     scores = None if selection.scores is None else np.asarray(selection.scores, np.float64).reshape(selection.n, -1).max(1)
+    known = None if scores is None else np.isfinite(scores)  # a method may leave rows without a score
     mix = Counter(sources[selection.indices].tolist())
     return {
         "rows": len(selection),
         "tokens": int(tokens.sum()),
         "tokens_per_row": [float(q) for q in np.quantile(tokens, [0.25, 0.5, 0.75])],
-        "mean_score": None if scores is None else float(scores[selection.indices].mean()),
-        "score_length_correlation": None if scores is None else spearman(scores, cost),
+        "mean_score": None if scores is None else float(np.nanmean(scores[selection.indices])),
+        "score_length_correlation": None if scores is None else spearman(scores[known], cost[known]),
         "sources": dict(mix.most_common()),
     }
 

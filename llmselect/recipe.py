@@ -109,6 +109,8 @@ class Recipe:
         where = f"features.{name}"
         options = dict(self.features[name])
         cls = _named(extractors, options.pop("extractor", None), where, "extractor")
+        if not isinstance(options.pop("lazy", False), bool):
+            raise UsageError(f"{where}.lazy: true or false")
         shared = {"model": self.model.path, "dtype": self.model.dtype, "max_length": self.model.max_length}
         made: Any = config.from_dict(cls, {**shared, **options}, where)
         if self.trains_sae(made):
@@ -116,6 +118,10 @@ class Recipe:
         if getattr(made, "checkpoints", None) == "warmup" and warmup:
             made = replace(made, checkpoints=warmup)
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
+
+    def lazy(self, name: str) -> bool:
+        """Whether feature `name` (or an array of it) is computed for the rows that a selector asks for only."""
+        return bool(self.features[name.partition(".")[0]].get("lazy", False))
 
     def trains_sae(self, extractor: Extractor) -> bool:
         """Whether a feature reads the SAE of this recipe's `sae:` section."""
@@ -206,6 +212,9 @@ class Recipe:
             if str(feature).partition(".")[0] not in self.features:
                 raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
                                  f"There are: {list(self.features)}")  # fmt: skip
+            if self.lazy(str(feature)) and key not in selector.lazy:
+                raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
+                                 f"give features.{feature} lazy: false")  # fmt: skip
 
 
     def _check_dedup(self) -> None:

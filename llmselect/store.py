@@ -28,6 +28,7 @@ import numpy as np
 from llmselect import atomic
 from llmselect.arrays import Csr, Ids, SparseArray, StoredArray, digest_ids, not_finite, read_shard
 from llmselect.errors import LlmselectError, UsageError, nearest
+from llmselect.lazy import Compute, LazyArray
 
 VALUE = "value"  # the array meant by a feature's bare name
 SHARD_ROWS = 1024
@@ -162,6 +163,22 @@ class FeatureStore:
         atomic.write_bytes(folder / "ids.safetensors", save({"ids": np.ascontiguousarray(raw)}))
         atomic.write_json(folder / "spec.json", spec)
         return Feature(folder, json.loads((folder / "spec.json").read_text()))
+
+    def lazy(self, name: str, spec: Mapping[str, Any], ids: Sequence[str], compute: Compute, **launch: Any) -> LazyArray:
+        """The feature `name` (or one array of several, `name.array`) with rows computed on demand; see `llmselect.lazy`.
+
+        Errors: `LlmselectError` showing the difference when the rows there were made from anything else.
+        """
+        feature, _, array = name.partition(".")
+        opened = self.lazy_feature(feature, spec, ids)
+        known = opened.spec["arrays"]
+        if (array or VALUE) not in known:
+            raise UsageError(f"feature '{feature}' has no array '{array or VALUE}'. There are: {list(known)}")
+        return LazyArray(opened.folder, array or VALUE, tuple(known[array or VALUE][1]), opened.ids, compute, **launch)
+
+    def lazy_feature(self, name: str, spec: Mapping[str, Any], ids: Sequence[str]) -> Feature:
+        """The folder of a feature that is computed on demand: new, or the one of exactly this fingerprint."""
+        return FeatureStore(self.path / "lazy").create(name, spec, ids)
 
     def _refuse_other(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         old, new = (json.loads(json.dumps({**s, "threads": 0}, sort_keys=True)) for s in (old, new))

@@ -18,7 +18,8 @@ from llmselect.kernels.cosine import best_per_target, similarity_blocks, unit, u
 from llmselect.kernels.groups import round_robin, waterfill
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.topk import topk_stable
-from llmselect.selectors.similarity import Similarity, take_turns
+from llmselect.kernels.turns import take_turns
+from llmselect.selectors.similarity import Similarity
 from llmselect.selectors.topk import TopK
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -110,7 +110,7 @@ def test_quotas_of_scores_by_target_group():
     assert made.indices.tolist() == np.argsort(-x[:, 1])[:20].tolist()
 
 
-@pytest.mark.parametrize("name,options", [("km_random", {"clusters": 5}), ("k_center", {}), ("balanced", {}), ("random", {})])
+@pytest.mark.parametrize("name,options", [("km_random", {"clusters": 5}), ("kcenter", {}), ("balanced", {}), ("random", {})])
 def test_any_selector_can_be_limited(name, options):
     x, groups = np.random.default_rng(0).standard_normal((400, 5)), pool(400)[1]
     selector = registry.selectors.get(name)(**options)

@@ -51,7 +51,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
             raise UsageError(f"feature '{name}' ({extractor.name}) needs a model: give model=, a folder or a Hub id")
     for key, members in _by_pass(extractors).items():
         backbone = Backbone(*key[:4])
-        run = Pass(backbone, members, {}, {}, _groups(target), batch_tokens or default_batch_tokens())
+        run = Pass(backbone, members, {}, {}, groups_of(target), batch_tokens or default_batch_tokens())
         for data, suffix in ((target, "@target"), (pool, "")):
             if data is not None:
                 _pass(run, data, target, store, suffix, shard_rows, process, pool)
@@ -65,7 +65,8 @@ def _by_pass(extractors: Mapping[str, Extractor]) -> dict[tuple, dict[str, Extra
     return passes
 
 
-def _groups(target: Dataset | None) -> list[str]:
+def groups_of(target: Dataset | None) -> list[str]:
+    """The target groups, in the order of their first rows."""
     return [] if target is None else list(dict.fromkeys(target["group"]))
 
 
@@ -84,7 +85,7 @@ def content_digest(data: Dataset) -> str:
 def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore, suffix: str, shard_rows: int,
           process: Any, pool: Dataset) -> None:  # fmt: skip
     """Create (rank 0) or open the features of one side, fit if needed, fill the missing shards."""
-    specs = {name: _spec(run, e, data, target, shard_rows) for name, e in run.extractors.items()}
+    specs = {name: spec_of(run, e, data, target, shard_rows) for name, e in run.extractors.items()}
     for name, extractor in run.extractors.items():
         if extractor.sample_rows:
             specs[name]["sample"] = content_digest(pool)
@@ -110,7 +111,8 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
             raise LlmselectError(f"feature '{name}': shards {missing[:5]} were not written; run the same command again")
 
 
-def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None, shard_rows: int) -> dict[str, Any]:
+def spec_of(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None, shard_rows: int) -> dict[str, Any]:
+    """The fingerprint of a feature: what its numbers depend on."""
     arrays = {key: [dtype, list(tail)] for key, (dtype, tail) in extractor.arrays(run.backbone, run.groups).items()}
     spec = {
         "extractor": extractor.name,
@@ -119,9 +121,10 @@ def _spec(run: Pass, extractor: Extractor, data: Dataset, target: Dataset | None
         "arrays": arrays,
         "shard_rows": shard_rows,
         "rows": content_digest(data),
-        "tokens": run.backbone.encoder.fingerprint,
         "threads": torch.get_num_threads(),
     }
+    if extractor.views():
+        spec |= {"tokens": run.backbone.encoder.fingerprint}
     if extractor.layers() or extractor.alone:
         spec |= {"weights": run.backbone.digest(), "dtype": str(run.backbone.dtype).removeprefix("torch.")}
     if extractor.fits and target is not None:

@@ -43,7 +43,8 @@ class Extractor:
         return 0
 
     def views(self) -> tuple[str, ...]:
-        """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts)."""
+        """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts). None
+        of them for an extractor of `texts`."""
         return ("row",)
 
     def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
@@ -62,6 +63,10 @@ class Extractor:
     def rows(self, batch: Batch, state: State) -> dict[str, torch.Tensor]:
         """The feature of each row of the batch, `[B, …]` per declared array (a view may give some of them)."""
         raise NotImplementedError(f"{type(self).__name__} must define rows")
+
+    def texts(self, messages: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
+        """The feature of rows as text, without tokenizer or model: `[rows, …]` or `Csr` per declared array."""
+        raise NotImplementedError(f"{type(self).__name__} has no views, so it must define texts")
 
     def derive(self, arrays: dict[str, np.ndarray]) -> None:
         """Fill, in place, arrays that follow from those of all views (IFD from two losses)."""

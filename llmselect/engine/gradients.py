@@ -133,14 +133,14 @@ def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.L
         if not len(row):
             return torch.full((len(batch.ids),), float("nan"))
         picked = states[row, column]
-        losses, gradient = _head(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
+        losses, gradient = head_gradients(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
         torch.autograd.grad(picked, start, gradient)
     total = torch.zeros(len(count), dtype=torch.float64, device=losses.device).index_add_(0, row, losses.double())
     return (total / count).float()
 
 
-def _head(backbone: Backbone, states: torch.Tensor, labels: torch.Tensor,
-          weight: torch.Tensor, sample: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def head_gradients(backbone: Backbone, states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor,
+                   sample: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses `[N]` and the gradient `[N, d]` of their weighted sum at the final states, logits a chunk at a time."""
     losses, gradients = [], []
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)

@@ -80,7 +80,9 @@ class Pass:
 
     def compute(self, messages: list[list[dict[str, str]]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict]:
         """Arrays of every feature in `names` for these rows: feature → array → `[rows, …]`."""
-        out = {name: self._empty(name, len(messages)) for name in names}
+        read = [name for name in names if self.extractors[name].views()]
+        out = {name: self._empty(name, len(messages)) if name in read else self.extractors[name].texts(messages)
+               for name in names}  # fmt: skip
         views = sorted({view for name in names for view in self.extractors[name].views()})
         for view in reversed(views):  # "row" before "response"
             encoded = self.encode(messages, view)

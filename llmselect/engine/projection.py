@@ -70,10 +70,15 @@ class Projection:
     def sink(self, name: str, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a layer's rows to the batch."""
         if self.curvature is not None:
-            whole = inverse_product(self.curvature[0], name, outer(gradient, activation), self.curvature[1])
-            rows = self._output(name, self._input(name, whole).transpose(1, 2)).transpose(1, 2)
+            self.matrices(name, inverse_product(self.curvature[0], name, outer(gradient, activation), self.curvature[1]))
         else:
-            rows = outer(self._output(name, gradient), activation)
+            self._add(name, outer(self._output(name, gradient), activation))
+
+    def matrices(self, name: str, whole: torch.Tensor) -> None:
+        """Add a layer's rows given as whole matrices `[B, d_out, d_in]`."""
+        self._add(name, self._output(name, self._input(name, whole).transpose(1, 2)).transpose(1, 2))
+
+    def _add(self, name: str, rows: torch.Tensor) -> None:
         if self.moments is not None:
             rows = self.moments.step(self.known[name], rows)
         rows = rows.flatten(1)

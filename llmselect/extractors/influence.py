@@ -2,23 +2,24 @@
 
 Paper: influence functions, Koh and Liang, arXiv 1703.04730; with EK-FAC, Grosse et al., arXiv 2308.03296; for selection
     Quad, arXiv 2409.16986, section 3.
-Objective: per target group v = (F + λI)⁻¹ ∇L(target), F the EK-FAC Fisher of pool rows; influence of z = ⟨∇L(z), v⟩ =
-    [L(z; θ + εv) - L(z; θ - εv)] / 2ε; high means that training on z lowers the target's loss.
+Objective: per target group v = (F + λI)⁻¹ ∇L(target), F the EK-FAC Fisher of pool rows; influence of z = ⟨∇L(z), v⟩; high
+    means that training on z lowers the target's loss. `method`: `jvp`, a forward-mode derivative, exact; `difference`,
+    [L(z; θ + εv) - L(z; θ - εv)] / 2ε; `sketch`, the product of sketched gradients, one backward for any number of groups.
 Inputs: a causal LM; 5 to 10 target rows per group; `fisher_rows` pool rows for the Fisher.
-Cost: two forward passes per group over the pool and no backward one; one forward and backward over the target, two over
+Cost: `jvp` one forward pass with tangents per group over the pool, `difference` two plain ones, `sketch` one forward and one
+    backward in all; one forward and backward over the target, two over
     the rows of the Fisher. The directions take as much memory as the chosen layers, per group.
-Deviations: a central difference in the place of a forward-mode derivative, which fused attention kernels do not have;
-    v is scaled to unit length, so values are cosines times gradient norms.
-Defaults: all linear layers of the blocks, damping 0.1 of the mean Λ, 256 rows for the Fisher, ε = 1e-2.
+Deviations: v is scaled to unit length, so values are cosines times gradient norms.
+Defaults: `jvp`, all linear layers of the blocks, damping 0.1 of the mean Λ, 256 rows for the Fisher, ε = 1e-2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from llmselect.engine.extractor import Arrays, Extractor, State
 from llmselect.errors import UsageError
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from llmselect.engine.batch import Batch
 
 
+_READY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
 @extractors.register("influence")
 @dataclass(frozen=True, kw_only=True)
 class Influence(Extractor):
@@ -38,13 +42,16 @@ class Influence(Extractor):
 
     alone = True
     fits = True
+    version = 2
 
+    method: Literal["jvp", "difference", "sketch"] = field(default="jvp", metadata={"help": "how ⟨∇L(z), v⟩ is computed"})
     curvature: Literal["ekfac", "none"] = field(default="ekfac", metadata={"help": "none: the plain gradient product"})
     layers_like: str = field(default=".", metadata={"help": "regular expression on the names of linear layers"})
     last_blocks: int | None = field(default=None, metadata={"help": "only the last n decoder blocks"})
     fisher_rows: int = field(default=256, metadata={"help": "pool rows that the Fisher is estimated on"})
     damping: float = field(default=0.1, metadata={"help": "λ as a share of the mean Λ of a layer"})
-    epsilon: float = field(default=1e-2, metadata={"help": "length of the step along v"})
+    epsilon: float = field(default=1e-2, metadata={"help": "length of the step along v (difference)"})
+    dim: int = field(default=8192, metadata={"help": "numbers per gradient (sketch)"})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,34 +86,30 @@ class Influence(Extractor):
         return state
 
     def rows(self, batch: Batch, state: State) -> dict[str, torch.Tensor]:
+        from llmselect.engine import directional
+
+        groups = range(len({key.partition("/")[0] for key in state}))
+        directions = [{k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{g}/")} for g in groups]
+        if self.method == "jvp":
+            return {"value": directional.tangents(batch.backbone, batch, directions)}
+        if self.method == "difference":
+            return {"value": directional.differences(batch.backbone, batch, directions, self.epsilon)}
+        return {"value": self._sketched(batch, directions)}
+
+    def _sketched(self, batch: Batch, directions: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         import torch
 
-        from llmselect.engine.head import token_stats
+        from llmselect.engine import gradients
+        from llmselect.engine.projection import Projection
 
-        backbone, found = batch.backbone, []
-        for g in range(len({key.partition("/")[0] for key in state})):
-            step = {key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{g}/")}
-            losses = []
-            for sign in (1.0, -1.0):
-                with _moved(backbone, step, sign * self.epsilon):
-                    stats = token_stats(backbone, backbone.forward(batch.ids, batch.mask), batch.ids, batch.response)
-                losses.append(stats.mean(stats.nll.double(), len(batch.ids)).double())
-            found.append((losses[0] - losses[1]) / (2 * self.epsilon))
-        return {"value": torch.stack(found, 1).float()}
-
-
-@contextmanager
-def _moved(backbone: Backbone, step: Mapping[str, torch.Tensor], length: float) -> Iterator[None]:
-    """The model at θ + length · step; afterwards its weights are the very ones they were."""
-    import torch
-
-    modules = dict(backbone.causal_lm.named_modules())
-    kept = {name: modules[name].weight.data for name in step}
-    try:
-        with torch.no_grad():
-            for name, direction in step.items():
-                modules[name].weight.data = kept[name] + length * direction.to(kept[name].dtype)
-        yield
-    finally:
-        for name, weight in kept.items():
-            modules[name].weight.data = weight
+        if batch.backbone not in _READY:
+            layers = gradients.choose(batch.backbone, self.layers_like, self.last_blocks)
+            made = Projection(layers, k=64, dim=self.dim, seed=self.seed, device=batch.backbone.device)
+            made.start(len(directions))
+            for name in layers:  # the directions go through the very projection of the rows
+                made.matrices(name, torch.stack([direction[name].float() for direction in directions]))
+            _READY[batch.backbone] = made, made.out
+        made, theirs = _READY[batch.backbone]
+        made.start(len(batch.ids))
+        loss = gradients.row_gradients(batch.backbone, batch, made.layers, made.reduce, made.sink)
+        return (made.out @ theirs.T).masked_fill(loss.isnan()[:, None], float("nan"))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.errors import LlmselectError
+from llmselect.kernels.topk import Best, best_per_column
 
 BLOCK = 8192
 
@@ -15,14 +16,16 @@ BLOCK = 8192
 def unit(rows: Any) -> np.ndarray:
     """Rows of `[b, d]` as fp64 unit vectors; a zero row stays zero, a non-finite one is not finite.
 
-    Rows are divided by their largest entry first, so that no square over- or underflows.
+    Where squares would over- or underflow, rows are divided by their largest entry first.
     """
     rows = np.asarray(rows, np.float64)
-    largest = np.abs(rows).max(1, keepdims=True, initial=0)
-    with np.errstate(invalid="ignore"):
-        rows = rows / np.where(largest > 0, largest, 1)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1)
+    square = np.einsum("ij,ij->i", rows, rows)[:, None]
+    if not ((square > 1e-200) & (square < 1e200)).all():
+        largest = np.abs(rows).max(1, keepdims=True, initial=0)
+        with np.errstate(invalid="ignore"):
+            rows = rows / np.where(largest > 0, largest, 1)
+        square = np.einsum("ij,ij->i", rows, rows)[:, None]
+    return rows / np.sqrt(np.where(square > 0, square, 1))
 
 
 def unit_targets(target: Any) -> np.ndarray:
@@ -51,30 +54,10 @@ def similarity_blocks(x: Any, targets: np.ndarray, block: int | None = None) -> 
         yield start, cosine
 
 
-Best = list[tuple[np.ndarray, np.ndarray]]
-
-
 def best_per_target(x: Any, targets: np.ndarray, count: int, keys: np.ndarray) -> tuple[Best, np.ndarray]:
     """The `count` nearest pool rows of each target with their cosines, best first (ties by key), and each row's largest
     cosine `[n]`.
 
     One pass over `x`; memory O(m · count + block · m).
     """
-    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in targets]
-    largest, worst = np.empty(x.shape[0], np.float32), np.full(len(targets), -np.inf, np.float32)
-    for start, cosine in similarity_blocks(x, targets):
-        largest[start : start + len(cosine)] = cosine.max(1)
-        beats = cosine >= worst  # most blocks hold few rows that beat what is kept
-        for j in np.flatnonzero(beats.any(0)):
-            rows, values = held[j]
-            better = np.flatnonzero(beats[:, j])
-            rows = np.concatenate([rows, start + better])
-            values = np.concatenate([values, cosine[better, j]])
-            if len(values) > 2 * count:  # the sort is only of what may stay
-                limit = np.partition(values, len(values) - count)[len(values) - count]
-                rows, values = rows[values >= limit], values[values >= limit]
-            order = np.lexsort((keys[rows], -values))[:count]
-            held[j] = rows[order], values[order]
-            if len(order) == count:
-                worst[j] = held[j][1][-1]
-    return held, largest
+    return best_per_column(similarity_blocks(x, targets), x.shape[0], len(targets), count, keys)

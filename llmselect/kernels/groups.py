@@ -22,6 +22,22 @@ def waterfill(k: int, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     return out
 
 
+def rounds(group: np.ndarray, within: np.ndarray, between: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """All rows in rounds, each of which takes one row of every group that has rows left: every prefix has waterfill
+    shares, up to the rows that its last round lacks.
+
+    Args:
+        group: `[n]` numbers 0, 1, …; a group may be empty.
+        within: `[n]`, the turn of a row in its group: the smallest first.
+        between: `[n]`, the place of a row in its round. Ties of both by `keys [n]`.
+    """
+    by_group = np.lexsort((keys, within, group))
+    starts = np.searchsorted(group[by_group], np.arange(int(group.max(initial=-1)) + 1))
+    turn = np.empty(len(group), np.int64)
+    turn[by_group] = np.arange(len(group)) - starts[group[by_group]]
+    return np.lexsort((keys, between, turn))
+
+
 def apportion(k: int, weights: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     """Shares `[B]` of `k` in proportion to `weights [B]` ≥ 0, at most `sizes [B]`, summing to min(k, Σ sizes).
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmselect.errors import LlmselectError, UsageError
+from llmselect.errors import UsageError, require
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.rows import Rows
 from llmselect.kernels.topk import topk_stable
@@ -34,11 +34,7 @@ class Clusters:
 
 def faiss() -> Any:
     """The library, or an error that names the extra."""
-    try:
-        import faiss as found
-    except ImportError as error:
-        raise LlmselectError("clustering and neighbours need FAISS: pip install 'llmselect[cluster]'") from error
-    return found
+    return require("faiss", "cluster")
 
 
 def kmeans(x: Rows, k: int, rng: Keyed, *, iterations: int = 25, per_centroid: int = 256) -> Clusters:
@@ -77,6 +73,7 @@ def _train(sample: np.ndarray, k: int, iterations: int, spherical: bool) -> np.n
 
 def silhouettes(x: Rows, candidates: list[int], rng: Keyed) -> dict[int, float]:
     """Mean silhouette (Rousseeuw 1987, by scikit-learn) of k-means with each number of clusters, on at most 10,000 rows."""
+    from sklearn import config_context
     from sklearn.metrics import silhouette_score
 
     rows = topk_stable(rng.uniform("silhouette"), min(len(x), SAMPLE), rng.keys)
@@ -85,7 +82,8 @@ def silhouettes(x: Rows, candidates: list[int], rng: Keyed) -> dict[int, float]:
     for k in candidates:
         made = kmeans(Rows(sample, normalize=x.normalize), k, Keyed(rng.seed, rng.keys[rows]))
         if 1 < len(np.unique(made.label)) < len(sample):
-            found[k] = float(silhouette_score(sample, made.label))
+            with config_context(working_memory=64):  # MB of distances at a time; the default is a gigabyte
+                found[k] = float(silhouette_score(sample, made.label))
     return found
 
 

@@ -1,6 +1,8 @@
-"""The k best scores in a total order."""
+"""The k best scores in a total order, of one column or of many that come in blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -29,3 +31,34 @@ def topk_stable(scores: np.ndarray, k: int, keys: np.ndarray, *, largest: bool =
     else:
         candidates = np.arange(len(value))
     return candidates[np.lexsort((candidates, keys[candidates], value[candidates]))].astype(np.int64)
+
+
+Best = list[tuple[np.ndarray, np.ndarray]]
+
+
+def best_per_column(
+    blocks: Iterable[tuple[int, np.ndarray]], n: int, columns: int, count: int, keys: np.ndarray
+) -> tuple[Best, np.ndarray]:
+    """The `count` best rows of each column with their values, best first (ties by key), and each row's largest value `[n]`.
+
+    Args:
+        blocks: `(first row, finite fp32 values [b, columns])` over all `n` rows, read once; memory O(columns · count).
+    """
+    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in range(columns)]
+    largest, worst = np.empty(n, np.float32), np.full(columns, -np.inf, np.float32)
+    for start, block in blocks:
+        largest[start : start + len(block)] = block.max(1)
+        beats = block >= worst  # most blocks hold few rows that beat what is kept
+        for j in np.flatnonzero(beats.any(0)):
+            rows, values = held[j]
+            better = np.flatnonzero(beats[:, j])
+            rows = np.concatenate([rows, start + better])
+            values = np.concatenate([values, block[better, j]])
+            if len(values) > 2 * count:  # the sort is only of what may stay
+                limit = np.partition(values, len(values) - count)[len(values) - count]
+                rows, values = rows[values >= limit], values[values >= limit]
+            order = np.lexsort((keys[rows], -values))[:count]
+            held[j] = rows[order], values[order]
+            if len(order) == count:
+                worst[j] = held[j][1][-1]
+    return held, largest

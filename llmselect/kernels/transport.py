@@ -8,20 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, require
 
 log = logging.getLogger("llmselect")
 ROUNDS = 200  # of a hundred steps each, per ε
 ITERATIONS = 10_000_000  # POT's own 100,000 stop short of the optimum at a few thousand points, with only a warning
-
-
-def pot() -> Any:
-    """The library, or an error that names the extra."""
-    try:
-        import ot
-    except ImportError as error:
-        raise LlmselectError("optimal transport needs POT: pip install 'llmselect[ot]'") from error
-    return ot
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +29,9 @@ def exact(cost: np.ndarray, start: tuple[np.ndarray, np.ndarray] | None = None) 
 
     Errors: `LlmselectError` when the solver did not reach the optimum.
     """
+    ot: Any = require("ot", "ot")
     a, b = (np.full(size, 1 / size) for size in cost.shape)
-    _, told = pot().emd(a, b, np.ascontiguousarray(cost, np.float64), numItermax=ITERATIONS, log=True, potentials_init=start)
+    _, told = ot.emd(a, b, np.ascontiguousarray(cost, np.float64), numItermax=ITERATIONS, log=True, potentials_init=start)
     if told["warning"] is not None:
         raise LlmselectError(f"optimal transport {cost.shape} stopped short of the optimum: {told['warning']}")
     return Transport(float(told["cost"]), told["u"], told["v"])

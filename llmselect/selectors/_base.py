@@ -54,6 +54,7 @@ class Selector:
     x_ndim: ClassVar[tuple[int, ...]] = (2,)
     x_sign: ClassVar[str] = "any"  # or "nonnegative"
     sparse: ClassVar[bool] = False  # whether x may be sparse
+    lazy: ClassVar[tuple[str, ...]] = ()  # inputs of which only the rows asked for may be computed
 
     def select(self, budget: Any, *, seed: int = 0, ids: Any = None, n: int | None = None, exclude: Any = None,
                **inputs: Any) -> Selection:  # fmt: skip
@@ -85,7 +86,8 @@ class Selector:
             log.warning("%s: %d rows are left out: their features are not finite", self.name, len(bad))
         if len(lost):
             keys, cost = keys[rows], None if cost is None else np.asarray(cost)[rows]
-            inputs = {k: v if k in OF_TARGET else Subset(v, rows) if k == "x" else v[rows] for k, v in inputs.items()}
+            aside = lambda k, v: Subset(v, rows) if k == "x" or hasattr(v, "lazy") else v[rows]  # noqa: E731
+            inputs = {k: v if k in OF_TARGET else aside(k, v) for k, v in inputs.items()}
         if budget.tokens is None:
             picked = self._pick(min(budget.rows_of(n), len(rows)), Keyed(seed, keys), inputs)
         else:
@@ -135,9 +137,11 @@ class Selector:
                 raise UsageError(f"'{self.name}' needs {name}=, {VOCABULARY[name]}")
         kept = {name: value for name, value in inputs.items() if name in wanted and value is not None}
         for name, value in kept.items():
+            if hasattr(value, "lazy") and name not in self.lazy:
+                raise UsageError(f"'{self.name}' reads all of {name}, which is computed on demand; give the feature lazy: false")
             if not hasattr(value, "shape"):
                 kept[name] = np.asarray(value)
-            elif name != "x":  # only the features may be too large to hold
+            elif name != "x" and not hasattr(value, "lazy"):  # only the features may be too large to hold
                 held = value[:]
                 kept[name] = held.toarray() if hasattr(held, "toarray") else np.asarray(held)
         x, target = kept.get("x"), kept.get("target")

@@ -1,8 +1,9 @@
 """Random rows with equal shares of every source.
 
-Paper: the "balanced" random baseline of arXiv 2503.01807, section 4.
+Paper: the "balanced" random baseline of arXiv 2503.01807, section 4. With clusters of loss trajectories as
+    groups it is S2L, arXiv 2403.07384.
 Objective: waterfill k over the groups: shares as equal as the sizes allow; uniform inside each group.
-Inputs: `groups [n]`, the source of each row.
+Inputs: `groups [n]`, the source, or cluster, of each row.
 Cost: O(n log n).
 Deviations: the order is nested: every prefix has waterfill shares up to the one row that the division leaves over.
 Defaults: none.
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmselect.kernels.groups import rounds
 from llmselect.kernels.keyed import Keyed
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
@@ -29,11 +31,6 @@ class Balanced(Selector):
 
     def pick(self, k: int, rng: Keyed, *, groups: Any) -> Picked:
         names, group = np.unique(np.asarray(groups), return_inverse=True)
-        draw = rng.uniform("row")
-        by_group = np.lexsort((rng.keys, draw, group))
-        starts = np.searchsorted(group[by_group], np.arange(len(names)))
-        turn = np.empty(len(group), np.int64)
-        turn[by_group] = np.arange(len(group)) - starts[group[by_group]]
         # Within a round the groups come in a random order, or a small budget would always favour the same names.
-        order = np.lexsort((rng.keys, rng.uniform("round"), turn))
+        order = rounds(group, rng.uniform("row"), rng.uniform("round"), rng.keys)
         return Picked(order[:k], evidence={"group": names[group[order[:k]]]})

@@ -2,11 +2,11 @@
 
 Paper: k-center: Gonzalez 1985, for subsets of training data Sener and Savarese, arXiv 1708.00489; facility location, graph
     cut and log-determinant as in Iyer et al., arXiv 2006.15412; DPP inference: Chen et al., arXiv 1709.05135.
-Objective: on unit rows, `k_center`: the row farthest from those taken; `facility_location`: Σ_i max_{j ∈ S} max(0, cos_ij)
+Objective: on unit rows, `kcenter`: the row farthest from those taken; `facility_location`: Σ_i max_{j ∈ S} max(0, cos_ij)
     over a graph of nearest neighbours; `graph_cut`: Σ_{i, j ∈ S} s_ij over the pool minus λ Σ_{i, j ∈ S} s_ij, s = (1 + cos)/2;
     `log_det`: log det(I + α X_S X_Sᵀ).
 Inputs: `x [n, d]`, an embedding; no target.
-Cost: lazy greedy: a heap, and gains for the few rows that may still win. k_center O(d) per row and centre looked at;
+Cost: lazy greedy: a heap, and gains for the few rows that may still win. kcenter O(d) per row and centre looked at;
     facility_location a kNN graph (FAISS) and O(edges); graph_cut O(d), log_det O(dim²) a gain.
 Deviations: facility location counts neighbours only: rows that are not among the `neighbours` of one another add nothing.
     log_det folds features wider than `dim`.
@@ -55,7 +55,7 @@ class _SetFunction(Selector):
         return Picked(found.order, evidence={"gain": found.gains.astype(np.float32)}, report=report)
 
 
-@selectors.register("k_center")
+@selectors.register("kcenter")
 @dataclass(frozen=True)
 class KCenter(_SetFunction):
     """Rows each of which lies farthest from those before it."""

@@ -17,6 +17,7 @@ Defaults: round robin in both, because cosines of different tasks are not compar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from llmselect.kernels.cosine import best_per_target, similarity_blocks, unit, u
 from llmselect.kernels.groups import round_robin
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.topk import topk_stable
+from llmselect.kernels.turns import queries_in_turn
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
 
@@ -50,7 +52,9 @@ class Similarity(Selector):
         named = np.zeros(len(targets)) if target_groups is None else np.asarray(target_groups)
         group = np.unique(named, return_inverse=True)[1]
         if self.combine == "round_robin":
-            picked = self._queries(k, rng, x, targets, group)
+            best = partial(best_per_target, x, targets, keys=rng.keys)
+            order, query, largest = queries_in_turn(best, group, k, x.shape[0])
+            picked = Picked(order, largest, evidence={"query": query})
         else:
             picked = self._scored(k, rng, x, targets, group)
         rows = unit(x[picked.order]) @ targets.T if len(picked.order) * len(targets) < 1 << 26 else None
@@ -58,19 +62,6 @@ class Similarity(Selector):
             return picked
         evidence = {"nearest": rows.argmax(1), "cosine": rows.max(1), **(picked.evidence or {})}
         return Picked(picked.order, picked.scores, evidence=evidence)
-
-    def _queries(self, k: int, rng: Keyed, x: Any, targets: np.ndarray, group: np.ndarray) -> Picked:
-        """Turns go from group to group and, inside a group, from query to query."""
-        place = np.empty(len(group), np.int64)
-        for g in np.unique(group):
-            place[group == g] = np.arange((group == g).sum())
-        n, count = x.shape[0], min(x.shape[0], max(64, -(-4 * k // len(targets))))
-        while True:
-            best, largest = best_per_target(x, targets, count, rng.keys)
-            order, query, short = take_turns([rows for rows, _ in best], group, place, k, n)
-            if count == n or not short:
-                return Picked(order, largest, evidence={"query": query})
-            count = min(n, 2 * count)  # a list ran out before its turn ended: look deeper
 
     def _scored(self, k: int, rng: Keyed, x: Any, targets: np.ndarray, group: np.ndarray) -> Picked:
         groups = np.unique(group)
@@ -87,28 +78,3 @@ class Similarity(Selector):
             return Picked(order, columns, evidence={"group": picker})
         scores = columns.max(1) if self.across == "max" else columns.mean(1)
         return Picked(topk_stable(scores, k, rng.keys), scores)
-
-
-def take_turns(lists: list[np.ndarray], group: np.ndarray, place: np.ndarray, k: int, n: int):
-    """Round robin in which each group has one turn per round and its queries share those turns in rotation.
-
-    Returns rows, the query of each, and whether a list ended although the pool has more rows than it holds.
-    """
-    taken, at = np.zeros(n, bool), np.zeros(len(lists), np.int64)
-    members = [np.flatnonzero(group == g)[np.argsort(place[group == g])] for g in np.unique(group)]
-    turn, order, query = np.zeros(len(members), np.int64), [], []
-    while len(order) < min(k, n):
-        for g, queries in enumerate(members):
-            q = int(queries[turn[g] % len(queries)])
-            turn[g] += 1
-            ranked = lists[q]
-            while at[q] < len(ranked) and taken[ranked[at[q]]]:
-                at[q] += 1
-            if at[q] == len(ranked):
-                return np.array(order, np.int64), np.array(query, np.int64), True
-            taken[ranked[at[q]]] = True
-            order.append(int(ranked[at[q]]))
-            query.append(q)
-            if len(order) == min(k, n):
-                break
-    return np.array(order, np.int64), np.array(query, np.int64), False

@@ -1,11 +1,12 @@
-"""The best rows of any score, combined over target groups.
+"""The best, worst or middle rows of any score, combined over target groups.
 
 Paper: none; TRIM (arXiv 2510.07118) ranks this way, as do perplexity and IFD filters.
-Objective: one column: the k largest (or smallest). Several columns, one per target group: `round_robin` lets the groups
-    take turns, each giving its best row not yet taken; `mean` and `max` rank by the mean or the largest over groups.
+Objective: one column: the k largest (or smallest; or `middle`: those whose rank is nearest to that of the median, so
+    that the k rows are centred on it). Several columns, one per target group: `round_robin` lets the groups take turns,
+    each giving its best row not yet taken; `mean` and `max` rank by the mean or the largest over groups.
 Inputs: `x [n]` or `[n, G]`.
-Cost: O(G·(n + k log k)).
-Deviations: none.
+Cost: O(G·(n + k log k)); `middle` sorts, O(G·n log n).
+Deviations: `middle` scores a row by -|rank - (n - 1) / 2|, equal scores sharing their mean rank.
 Defaults: round robin, because scores of different tasks are not comparable; `standardize` makes columns comparable
     (mean 0, sd 1 over the pool) for `mean` and `max`.
 """
@@ -31,14 +32,16 @@ class TopK(Selector):
 
     x_ndim: ClassVar[tuple[int, ...]] = (1, 2)
 
-    order: Literal["desc", "asc"] = field(default="desc", metadata={"help": "desc: the largest first"})
+    order: Literal["desc", "asc", "middle"] = field(default="desc", metadata={"help": "desc: the largest first"})
     reduce: Literal["round_robin", "mean", "max"] = field(default="round_robin", metadata={"help": "over target groups"})
     standardize: bool = field(default=False, metadata={"help": "z-score each group's column before mean or max"})
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         scores = np.array(x[:]).reshape(x.shape[0], -1)
         topk_stable(scores.sum(1, dtype=np.float64), 0, rng.keys)  # a row without a finite score is named, not averaged
-        largest = self.order == "desc"
+        if self.order == "middle":
+            scores = np.stack([_centrality(column) for column in scores.T], axis=1)
+        largest = self.order != "asc"
         if self.reduce == "round_robin" and scores.shape[1] > 1:
             lists = [topk_stable(column, k, rng.keys, largest=largest) for column in scores.T]
             order, group = round_robin(lists, k, len(scores))
@@ -50,3 +53,9 @@ class TopK(Selector):
         combined = best if self.reduce == "max" else columns.mean(1)
         order = topk_stable(combined, k, rng.keys, largest=largest)
         return Picked(order, combined.astype(np.result_type(scores, np.float32)), evidence={"score": combined[order]})
+
+
+def _centrality(column: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return -np.abs(rankdata(column.astype(np.float64)) - (len(column) + 1) / 2)
