@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import tiny
 from hub_server import HOSTILE, TOKEN
 from llmselect import cli, hub
-from llmselect.errors import UsageError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.hub import card, citations, origin
 from llmselect.pool import load_pool
 from llmselect.prepare import prepare
@@ -135,6 +136,21 @@ def test_features_are_a_store_again(hub_run, server, tmp_path):
     assert store.names() == hub_run.store.names()
     np.testing.assert_array_equal(np.asarray(store["trim"]), np.asarray(hub_run.store["trim"]))
     assert store["trim"].ids[0:3] == hub_run.store["trim"].ids[0:3]
+
+
+def test_features_computed_on_demand_are_told_of_and_pushed(hub_run, tmp_path):
+    run = shutil.copytree(hub_run.folder, tmp_path / "run")
+    (run / "features/lazy").mkdir()
+    (run / "features/trim").rename(run / "features/lazy/trim")
+    (run / "features/lazy/trim/00000.json").unlink()  # most rows were never asked for
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("extractor: trim", "extractor: trim\n    lazy: true"))
+    (report,) = hub.push_run(run, "me/subset", features=True, dry_run=True)
+    assert "| trim | trim |" in report.card and "lazy: true" in report.card
+    assert "features/lazy/trim/spec.json" in report.files and "features/tokens/00000.safetensors" in report.files
+    (run / "features/tokens/00000.json").unlink()
+    with pytest.raises(LlmselectError, match=r"feature 'tokens' lacks shards \[0\]; extract first"):
+        hub.push_run(run, "me/subset", features=True, dry_run=True)
 
 
 def test_adapters_are_a_model_that_names_its_base_and_its_data(hub_run, server, tmp_path):

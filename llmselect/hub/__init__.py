@@ -157,7 +157,9 @@ def _source(run: Run, methods: Sequence[str] | None, base_model: str | None) -> 
 def _feature(run: Run, name: str) -> dict[str, Any]:
     from llmselect import config
     from llmselect.hub.origin import clean
+    from llmselect.store import FeatureStore
 
-    spec = dict(run.store.open(name).spec)
+    store = FeatureStore(run.store.path / "lazy") if run.recipe.lazy(name) else run.store
+    spec = dict(store.open(name).spec)
     return {"extractor": spec["extractor"], "version": spec["version"], "settings": clean(spec["settings"]),
             "weights": spec.get("weights"), "tokenizer": spec["tokens"], "fingerprint": config.fingerprint(spec)}  # fmt: skip

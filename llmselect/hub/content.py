@@ -15,12 +15,11 @@ from llmselect.errors import LlmselectError
 from llmselect.hub import card, citations, picture, rows
 from llmselect.hub.origin import Licence, Origin, clean, licence_of
 from llmselect.registry import extractors, selectors
+from llmselect.store import FeatureStore
 from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from llmselect.store import FeatureStore
 
 PICTURE, RECIPE, SCORES = "source-mix.png", "recipe.yaml", "scores.parquet"
 
@@ -139,16 +138,20 @@ def _reproduce(source: Source) -> Any:
 def feature_files(store: FeatureStore, scratch: Path) -> dict[str, Path]:
     """The files of a feature store for `features/`: shards as they are, specs without folders of this machine.
 
+    Features computed on demand hold the rows that were asked for; any other has to be complete.
+
     Errors: `LlmselectError` naming a feature that is not complete.
     """
     found: dict[str, Path] = {}
-    for name in store.names():
-        feature = store.open(name)
-        if missing := feature.missing():
-            raise LlmselectError(f"feature '{name}' lacks shards {missing[:5]}; extract first, or push without --features")
-        for file in sorted(feature.folder.glob("[!.]*")):
-            found[f"features/{name}/{file.name}"] = file
-        spec = _place(scratch, f"features/{name}/spec.json")
-        atomic.write_json(spec, clean(dict(feature.spec)))
-        found[f"features/{name}/spec.json"] = spec
+    lazy = FeatureStore(store.path / "lazy")
+    for place, home in (("features", store), ("features/lazy", lazy)):
+        for name in home.names():
+            feature = home.open(name)
+            if home is store and (missing := feature.missing()):
+                raise LlmselectError(f"feature '{name}' lacks shards {missing[:5]}; extract first, or push without --features")
+            for file in sorted(feature.folder.glob("[!.]*")):
+                found[f"{place}/{name}/{file.name}"] = file
+            spec = _place(scratch, f"{place}/{name}/spec.json")
+            atomic.write_json(spec, clean(dict(feature.spec)))
+            found[f"{place}/{name}/spec.json"] = spec
     return found
