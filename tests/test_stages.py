@@ -165,7 +165,10 @@ def test_a_lazy_feature_is_computed_for_the_rows_that_quad_scores(tmp_path, tiny
     "more,told",
     [
         ({"features": {"i": {"extractor": "loss", "lazy": 1}}}, r"features\.i\.lazy: true or false"),
-        ({"features": {"i": {"extractor": "loss", "lazy": True}}, "methods": {"t": {"selector": "topk", "x": "i.nll"}}}, "lazy: false"),
+        (
+            {"features": {"i": {"extractor": "loss", "lazy": True}}, "methods": {"t": {"selector": "topk", "x": "i.nll"}}},
+            "lazy: false",
+        ),
         ({"dedup": {"x": "embb"}}, r"dedup\.x: no feature 'embb'"),
         ({"dedup": {"x": "emb", "threshold": 2}}, r"dedup\.threshold: 2"),
         ({"methods": {"r": {"selector": "random", "limits": {"quotas": {"v": 1}}}}}, r"r\.limits\.quotas\.v: no such target"),

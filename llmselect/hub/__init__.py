@@ -162,4 +162,4 @@ def _feature(run: Run, name: str) -> dict[str, Any]:
     store = FeatureStore(run.store.path / "lazy") if run.recipe.lazy(name) else run.store
     spec = dict(store.open(name).spec)
     return {"extractor": spec["extractor"], "version": spec["version"], "settings": clean(spec["settings"]),
-            "weights": spec.get("weights"), "tokenizer": spec["tokens"], "fingerprint": config.fingerprint(spec)}  # fmt: skip
+            "weights": spec.get("weights"), "tokenizer": spec.get("tokens"), "fingerprint": config.fingerprint(spec)}  # fmt: skip
