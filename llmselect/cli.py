@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_ensemble, cli_models, cli_refine
+from llmselect import cli_ensemble, cli_models, cli_push, cli_refine
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ def main() -> None:
     for noisy in ("transformers", "datasets", "accelerate", "trl", "peft", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings print signed addresses of uploads
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of a hundred model loads hide our own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -167,6 +168,7 @@ def show(name: Annotated[str, typer.Argument(help="a selector, an extractor or a
 
 cli_models.add_to(app)
 cli_ensemble.add_to(app)
+cli_push.add_to(app)
 cli_refine.add_to(app)
 
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -146,6 +147,12 @@ class Selection:
         if self.ids is not None and "id" in chosen.column_names and list(chosen["id"]) != list(self.ids):
             raise LlmselectError("the ids of this pool's rows are not those selected: it is another pool, or reordered")
         return chosen.select(np.repeat(np.arange(len(self)), self.repetitions())) if repeat else chosen
+
+    def push_to_hub(self, repo: str, pool: Dataset, **options: Any) -> Any:
+        """Push the selected rows of `pool` to the Hub with a card; options, result and errors of
+        `llmselect.hub.push_selection`: `private`, `create_pr`, `dry_run`, `source`."""
+        # By name: a selection knows nothing of what is built upon it, this one word to it is for the user.
+        return importlib.import_module("llmselect.hub").push_selection(self, repo, pool, **options)
 
     def prefix(self, k: int) -> Selection:
         """The selection at a smaller budget, at no cost."""

@@ -52,7 +52,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "cli_ensemble", "cli_models", "cli_refine", "__main__"},
+    {"cli", "cli_ensemble", "cli_models", "cli_push", "cli_refine", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
