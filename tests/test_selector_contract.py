@@ -62,8 +62,8 @@ class Case:
         return inputs_of(type(self.selector))
 
     def inputs(self, tied: bool = False, dtype: Any = None) -> dict[str, Any]:
-        scores = 3 if 2 in self.selector.quality_ndim else 1
-        made = {name: make(name, self.ndim, tied, self.selector.x_sign, scores) for name in self.wanted}
+        about = self.ndim, tied, self.selector.x_sign, 3 if 2 in self.selector.quality_ndim else 1
+        made = {name: make(name, *about) for name in self.wanted}
         return {k: v.astype(dtype) if dtype and k in FLOATS else v for k, v in made.items()}
 
     def select(self, budget: Any = K, inputs: dict[str, Any] | None = None, **more: Any) -> Selection:
@@ -171,8 +171,7 @@ def test_ties_go_by_id(case):
 
 @every_case
 def test_prefixes_are_smaller_budgets(case):
-    whole = case.select(K)
-    for k in (1, 2, 7, 19):
+    for k, whole in ((k, case.select(K)) for k in (1, 2, 7, 19)):
         if case.selector.nested:
             assert whole.prefix(k).indices.tolist() == case.select(k).indices.tolist() == whole.indices[:k].tolist()
         else:
@@ -284,11 +283,9 @@ def test_the_docstring_and_length_of_the_file(case):
 
 @every_case
 def test_save_and_load(case, tmp_path):
-    made = case.select(K)
     for folder in ("a", "b", "b"):
-        made.save(tmp_path / folder)
-    loaded = Selection.load(tmp_path / "a")
-    assert same(loaded, made)
+        (made := case.select(K)).save(tmp_path / folder)
+    assert same(loaded := Selection.load(tmp_path / "a"), made)
     loaded.save(tmp_path / "c")
     a, b, c = ({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()} for folder in "abc")
     assert a == b, "saving twice differs"
@@ -299,8 +296,7 @@ def test_save_and_load(case, tmp_path):
 @pytest.mark.parametrize("name", ["selected.parquet", "scores.npy", "selection.json"])
 def test_a_flipped_bit_or_missing_file_is_named(case, name, tmp_path):
     case.select(K).save(tmp_path / "s")
-    path = tmp_path / "s" / name
-    if not path.exists():
+    if not (path := tmp_path / "s" / name).exists():
         pytest.skip(f"saves no {name}")
     whole = path.read_bytes()
     for at in [None, *np.linspace(0, len(whole) - 1, 60).astype(int)]:
