@@ -285,8 +285,8 @@ def test_the_docstring_and_length_of_the_file(case):
 def test_save_and_load(case, tmp_path):
     for folder in ("a", "b", "b"):
         (made := case.select(K)).save(tmp_path / folder)
-    assert same(loaded := Selection.load(tmp_path / "a"), made)
-    loaded.save(tmp_path / "c")
+    assert same(Selection.load(tmp_path / "a"), made)
+    Selection.load(tmp_path / "a").save(tmp_path / "c")
     a, b, c = ({f.name: f.read_bytes() for f in (tmp_path / folder).iterdir()} for folder in "abc")
     assert a == b, "saving twice differs"
     assert a == c, "saving what was loaded differs"
