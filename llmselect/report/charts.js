@@ -16,7 +16,8 @@ const scale = (low, high, from, to) => (value) => from + ((value - low) / (high 
 
 // Shares of pool and selection in the same bins; `edges` has one more entry than there are bins, ticks at `ticks`.
 function histogram(pool, chosen, ticks, label) {
-  const height = 190, root = frame(height, label);
+  const height = 220, root = frame(height, label);
+  root.setAttribute('class', 'small');
   const total = (counts) => Math.max(1, counts.reduce((a, b) => a + b, 0));
   const shares = [pool, chosen].map((counts) => counts.map((count) => count / total(counts)));
   const most = Math.max(...shares.flat(), 1e-9);
@@ -54,16 +55,18 @@ function drawDistributions(view) {
 }
 
 function drawSources() {
-  const views = data.views, all = data.sources.pool.reduce((a, b) => a + b, 0);
-  const head = ['source', 'pool', ...views.map((view) => view.name)];
-  const lines = data.sources.names.map((_, code) => [sourceName(code), share(data.sources.pool[code] / all),
-    ...views.map((view) => {
-      const part = view.sources[code] / Math.max(1, view.rows);
-      const track = el('span', { class: 'track', title: `${whole(view.sources[code])} rows` },
-        el('i', { style: { width: share(data.sources.pool[code] / all) } }), el('i', { style: { width: share(part) } }));
-      return el('span', {}, track, ` ${share(part)}`);
-    })]);
-  place('sources').replaceChildren(plainTable(head, lines, 'Share of each source in the pool and in the selections'), key());
+  const all = data.sources.pool.reduce((a, b) => a + b, 0), methods = [...new Set(data.views.map((view) => view.method))];
+  const before = data.sources.pool.map((count) => count / all);
+  const after = methods.map((method) => {
+    const views = data.views.filter((view) => view.method === method), rows = views.reduce((sum, view) => sum + view.rows, 0);
+    return before.map((_, code) => views.reduce((sum, view) => sum + view.sources[code], 0) / Math.max(1, rows));
+  });
+  const most = Math.max(...before, ...after.flat(), 1e-9);
+  const bar = (value) => el('i', { style: { width: percent(value / most) } });
+  const lines = before.map((value, code) => [sourceName(code), share(value),
+    ...after.map((part) => el('span', {}, el('span', { class: 'track' }, bar(value), bar(part[code])), ` ${share(part[code])}`))]);
+  place('sources').replaceChildren(plainTable(['source', 'pool', ...methods], lines, 'Share of each source in the pool and in the selections'), key(),
+    note('Selections of several seeds together.'));
 }
 
 function drawOverlap() {
@@ -94,7 +97,7 @@ function drawResults() {
     return;
   }
   const rows = data.results.rows, tasks = Object.keys(rows[0].tasks);
-  const range = (row) => (row.difference === null ? '' : `${row.difference.toFixed(3)} [${row.difference_low.toFixed(3)}, ${row.difference_high.toFixed(3)}]`);
+  const range = (row) => (row.difference === null ? '' : `${row.difference > 0 ? '+' : ''}${row.difference.toFixed(3)} [${row.difference_low.toFixed(3)}, ${row.difference_high.toFixed(3)}]`);
   const lines = rows.map((row) => [row.method, row.rows ? whole(row.rows) : '', row.tokens ? whole(row.tokens) : '',
     `${row.nll.toFixed(3)} [${row.low.toFixed(3)}, ${row.high.toFixed(3)}]`, row.sd === null ? '' : row.sd.toFixed(3), range(row),
     ...tasks.map((task) => row.tasks[task].toFixed(3))]);

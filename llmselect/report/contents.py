@@ -181,7 +181,8 @@ def chats(run: Run, indices: np.ndarray) -> list[Any]:
 
 def method_report(report: dict[str, Any]) -> dict[str, Any]:
     """What a method told about its search: its curves, cut to a length that can be drawn, and its plain values."""
-    out = {name: value for name, value in report.items() if name not in _CURVES and isinstance(value, int | float | str | bool)}
+    plain = {name: value for name, value in report.items() if isinstance(value, int | float | str | bool)}
+    out: dict[str, Any] = {name: value for name, value in plain.items() if name not in _CURVES}
     if "folds" in report:
         out["folds"] = [{"curve": one["curve"][:MOST], "best": one["best"]} for one in report["folds"]]
     if "trace" in report:

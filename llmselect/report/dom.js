@@ -22,6 +22,7 @@ function svg(name, options = {}, ...children) {
 const place = (id) => document.querySelector(`#${id} > div`);
 const note = (text) => el('p', { class: 'note' }, text);
 const whole = (value) => Number(value).toLocaleString('en');
+const percent = (value) => `${(100 * Math.min(1, value)).toFixed(2)}%`; // as a width
 const share = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
 
 function short(value, digits = 4) {
@@ -38,5 +39,5 @@ function plainTable(head, lines, caption) {
 
 const sourceName = (code) => data.sources.names[code] || 'other sources';
 const palette = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#b3a700', '#8e6fd8'];
-const sourceColour = (code) => (code < palette.length ? palette[code] : '#8c959f');
+const sourceColour = (code) => palette[code] ?? `hsl(${Math.round(code * 137.5) % 360}, 45%, 52%)`;
 const rowText = (at) => data.rows.text[at].map((turn) => turn[1]).join(' · ');

@@ -28,7 +28,7 @@ const example = (row, told) => (data.targets[row]
 
 function latents(reason) {
   const most = Math.max(...reason.rows.flatMap((one) => one.slice(1)).filter((value) => value !== null), 1e-9);
-  const bars = ([, mine, theirs]) => el('span', { class: 'track' }, el('i', { style: { width: share((theirs ?? 0) / most) } }), el('i', { style: { width: share((mine ?? 0) / most) } }));
+  const bars = ([, mine, theirs]) => el('span', { class: 'track' }, el('i', { style: { width: percent((theirs ?? 0) / most) } }), el('i', { style: { width: percent((mine ?? 0) / most) } }));
   return el('div', { class: 'reason' }, el('b', {}, 'SAE latents that decided'), el('table', { class: 'latents' },
     el('thead', {}, el('tr', {}, ...['latent', 'row', 'target', ''].map((one) => el('th', { scope: 'col' }, one)))),
     el('tbody', {}, ...reason.rows.map((one) => el('tr', {}, el('td', {}, String(one[0])), el('td', { class: 'number' }, short(one[1])),

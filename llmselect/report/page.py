@@ -32,7 +32,8 @@ def render(data: dict[str, Any]) -> str:
     script = "\n".join(["'use strict';", "(() => {", *((HERE / name).read_text("utf-8") for name in SCRIPTS), "})();", ""])
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
+    allowed = f"script-src '{_digest(script)}'; style-src '{_digest(style)}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     return environment.get_template("page.html").render(
         run=data["run"], policy=Markup(policy), style=Markup(style), script=Markup(script), data=Markup(as_json(data))
     )

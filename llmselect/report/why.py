@@ -110,7 +110,7 @@ class Explainer:
         rows = None if self.backbone is None else self.backbone.encoder.encode(list(messages))
         found = []
         for i in range(len(messages)):
-            at = names.index(groups[i]) if groups[i] in names else int(tops["top_score"][i].max(1).argmax())
+            at = names.index(group) if (group := groups[i]) in names and group else int(tops["top_score"][i].max(1).argmax())
             top = {name: values[i][min(at, len(values[i]) - 1)] for name, values in tops.items()}
             entry = {"kind": "heat", "name": "tokens", "group": names[at] if at < len(names) else str(at)}
             found.append([{**entry, "parts": self._parts(top, None if rows is None else rows[i].ids)}])
