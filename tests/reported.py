@@ -31,17 +31,21 @@ def feature(store: FeatureStore, name: str, ids: list[str], arrays: dict[str, np
         made.write(shard, {one: values[rows.start : rows.stop] for one, values in arrays.items()})
 
 
+def chat(i: int, said: list[str]) -> list[dict[str, str]]:
+    """Some 1,300 characters that no other row has."""
+    return [{"role": "user", "content": f"{i} {said[i % 1000]}"}, {"role": "assistant", "content": said[7 * i % 1000] * 3}]
+
+
 def large_run(folder: Path, model: Path, n: int, budget: int = 5000) -> Path:
     """A run of `n` rows with a random, a scored and a similarity selection; returns its folder."""
     rng = np.random.default_rng(0)
     ids = [f"{i:032x}" for i in range(n)]
     words = np.array("alpha beta gamma delta epsilon zeta eta theta iota kappa".split())
     said = [" ".join(words[row]) for row in rng.integers(0, 10, (1000, 60))]
-    chat = lambda i: [{"role": "user", "content": f"{i} {said[i % 1000]}"}, {"role": "assistant", "content": said[(7 * i) % 1000] * 3}]  # noqa: E731
-    arrow(folder / "pool", {"id": ids, "messages": [chat(i) for i in range(n)], "source": [f"s{i % 40}" for i in range(n)]})
+    arrow(folder / "pool", {"id": ids, "messages": [chat(i, said) for i in range(n)], "source": [f"s{i % 40}" for i in range(n)]})
     np.save(folder / "pool" / "usable.npy", np.arange(n))
-    dev = [f"{i:032x}" for i in range(n, n + 8)]
-    arrow(folder / "targets/t", {"id": dev, "messages": [chat(i) for i in range(8)], "source": ["t"] * 8, "group": ["t"] * 8})
+    dev, t = [f"{i:032x}" for i in range(n, n + 8)], ["t"] * 8
+    arrow(folder / "targets/t", {"id": dev, "messages": [chat(i, said) for i in range(8)], "source": t, "group": t})
     store, x, target = FeatureStore(folder / "features"), rng.normal(size=(n, 32)), rng.normal(size=(8, 32))
     feature(store, "emb", ids, {"value": x.astype(np.float16)}, extractor="embedding")
     feature(store, "emb@target", dev, {"value": target.astype(np.float16)}, extractor="embedding")

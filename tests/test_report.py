@@ -272,7 +272,8 @@ def test_a_large_pool_stays_a_small_page(tmp_path, tiny_model):
 @pytest.mark.parametrize("sample", [10, 50, 119])
 def test_the_page_never_holds_more_rows_than_asked_for(sample):
     rng = np.random.default_rng(sample)
-    views = [view_of(str(i), Selection(rng.choice(500, 60, replace=False), 500, rng.random(500)), np.arange(1, 501)) for i in range(9)]
+    made = [Selection(rng.choice(500, 60, replace=False), 500, rng.random(500)) for _ in range(9)]
+    views = [view_of(str(i), one, np.arange(1, 501)) for i, one in enumerate(made)]
     shown, full = rows_shown(views, 500, sample)
     assert len(shown) == sample == len(np.unique(shown)) and np.isin(full, shown).all()
 

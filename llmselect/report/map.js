@@ -73,7 +73,10 @@ function nearestPoint(event) {
 
 function stepMap(event) {
   const order = [...plane.chosen.keys()].filter((at) => data.map.xy[at]), step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-  if (event.key === 'Enter' && plane.current !== null) openRow(plane.current);
+  if (event.key === 'Enter' && plane.current !== null) {
+    event.preventDefault(); // or the row that gets the focus would be pressed as well
+    openRow(plane.current);
+  }
   if (!step || !order.length) return;
   event.preventDefault();
   const now = order.indexOf(plane.current);
