@@ -26,7 +26,7 @@ function drawMap() {
     plane.points.push([x(data.map.xy[at][0]), y(data.map.xy[at][1]), at]);
     context.globalAlpha = plane.chosen.has(at) ? 0 : 0.35;
     context.fillStyle = sourceColour(data.rows.source[at]);
-    dot(at, 2);
+    dot(at, visible.length > 1500 ? 2 : 3);
     context.fill();
   }
   context.globalAlpha = 1;
@@ -34,7 +34,7 @@ function drawMap() {
     context.fillStyle = sourceColour(data.rows.source[at]);
     context.strokeStyle = ink;
     context.lineWidth = 1;
-    dot(at, 3.5);
+    dot(at, visible.length > 1500 ? 3.5 : 4.5);
     context.fill();
     context.stroke();
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from llmselect.report.views import View
 from llmselect.stages import Run
 
+log = logging.getLogger("llmselect")
 AROUND = 8  # tokens shown on either side of a token that scored
 MOST = 8  # numbers shown of an array that nothing is known about
 _TARGET_ROWS = ("nearest", "query")
@@ -18,22 +20,26 @@ _TOPS = ("top_position", "top_token", "top_class", "top_score")
 
 
 class Explainer:
-    """Turns the evidence of selections into entries. Texts of tokens need the run's tokenizer; without it, numbers."""
+    """Turns the evidence of selections into entries. Texts of tokens need the run's tokenizer."""
 
     def __init__(self, run: Run):
         self.run = run
         self.groups = list(dict.fromkeys(run.target["group"]))
+        self._encoders: dict[tuple[str, Any], Any] = {}
 
-    @cached_property
-    def backbone(self) -> Any:
-        """The model's tokenizer (no weights); None when the model is no longer where it was."""
+    def _encoder(self, view: View) -> Any:
+        """What made the tokens of a method's feature (no weights); None when the model is no longer where it was."""
         from llmselect.engine.backbone import Backbone
 
-        model = self.run.recipe.model
-        try:
-            return Backbone(model.path, None, model.dtype, model.max_length)
-        except Exception:  # the model may have moved: a report must not need it
-            return None
+        model, own = self.run.recipe.model, self.run.recipe.features.get(self._feature(view) or "", {})
+        key = (own.get("model", model.path), own.get("max_length", model.max_length))
+        if key not in self._encoders:
+            try:
+                self._encoders[key] = Backbone(key[0], max_length=key[1]).encoder
+            except Exception as error:  # the model may have moved: a report must not need it
+                log.info("tokens are shown as numbers: no tokenizer in %s (%s)", key[0], type(error).__name__)
+                self._encoders[key] = None
+        return self._encoders[key]
 
     def of_selected(self, view: View, ranks: np.ndarray, messages: Sequence[Any]) -> list[list[dict[str, Any]]]:
         """Entries of the rows at `ranks` of a selection, whose chats are `messages`."""
@@ -107,34 +113,36 @@ class Explainer:
         if not all(name in tops for name in _TOPS):
             return [[] for _ in messages]
         names = self._columns(view)
-        rows = None if self.backbone is None else self.backbone.encoder.encode(list(messages))
+        encoder = self._encoder(view)
+        rows = None if encoder is None else encoder.encode(list(messages))
         found = []
         for i in range(len(messages)):
             at = names.index(group) if (group := groups[i]) in names and group else int(tops["top_score"][i].max(1).argmax())
             top = {name: values[i][min(at, len(values[i]) - 1)] for name, values in tops.items()}
             entry = {"kind": "heat", "name": "tokens", "group": names[at] if at < len(names) else str(at)}
-            found.append([{**entry, "parts": self._parts(top, None if rows is None else rows[i].ids)}])
+            found.append([{**entry, "parts": _parts(top, None if rows is None else rows[i].ids, encoder)}])
         return found
 
-    def _parts(self, top: dict[str, np.ndarray], ids: np.ndarray | None) -> list[list[Any]]:
-        """`[text, score]` in order: the tokens that scored, and what stands around them with score null."""
-        kept = np.flatnonzero(top["top_position"] >= 0)
-        scores = {int(top["top_position"][i]): float(top["top_score"][i]) for i in kept}
-        if ids is None:
-            return [[f"token {int(top['top_token'][i])}", round(float(top["top_score"][i]), 4)] for i in kept]
-        parts: list[list[Any]] = []
-        at = -1
-        for position in sorted(p for p in scores if p < len(ids)):
-            start = max(at + 1, position - AROUND)
-            gap = "… " if start > at + 1 else ""
-            parts.append([gap + self._text(ids[start:position]), None])
-            parts.append([self._text(ids[position : position + 1]), round(scores[position], 4)])
-            at = position
-        parts.append([self._text(ids[at + 1 : at + 1 + AROUND]) + (" …" if at + 1 + AROUND < len(ids) else ""), None])
-        return [part for part in parts if part[0]]
 
-    def _text(self, ids: np.ndarray) -> str:
-        return self.backbone.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False) if len(ids) else ""
+def _parts(top: dict[str, np.ndarray], ids: np.ndarray | None, encoder: Any) -> list[list[Any]]:
+    """`[text, score]` in order: the tokens that scored, and what stands around them with score null.
+
+    Token numbers, best first, where there is no tokenizer or it is not the one that made these tokens.
+    """
+    kept = [i for i in range(len(top["top_position"])) if top["top_position"][i] >= 0]
+    found = {int(top["top_position"][i]): (int(top["top_token"][i]), round(float(top["top_score"][i]), 4)) for i in kept}
+    if ids is None or any(at >= len(ids) or ids[at] != token for at, (token, _) in found.items()):
+        return [[f"token {token} ", score] for token, score in found.values()]
+    text = lambda part: encoder.tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False)  # noqa: E731
+    parts: list[list[Any]] = []
+    end = 0
+    for at in sorted(found):
+        start = max(end, at - AROUND)
+        parts.append([("… " if start > end else "") + text(ids[start:at]), None])
+        parts.append([text(ids[at : at + 1]), found[at][1]])
+        end = at + 1
+    parts.append([text(ids[end : end + AROUND]) + (" …" if end + AROUND < len(ids) else ""), None])
+    return [part for part in parts if part[0]]
 
 
 def _latents(evidence: dict[str, Any]) -> dict[str, Any]:
