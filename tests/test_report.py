@@ -131,7 +131,7 @@ def test_the_page_asks_for_nothing_and_runs_only_its_own_script(run):
     policy = next(a["content"] for t, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert page._digest(found.text["script"]) in policy and page._digest(found.text["style"]) in policy
     assert "unsafe" not in policy and "default-src 'none'" in policy
-    assert str(run.folder.parent) not in text, "no path of this machine"
+    assert str(run.folder.parent) not in text and run.recipe.model.path not in text, "no path of this machine"
 
 
 def test_what_the_page_says_is_what_the_selections_hold(run):
