@@ -140,6 +140,11 @@ class Stored:
     def __len__(self) -> int:
         return self.feature.n
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the feature was made from."""
+        return dict(self.feature.spec)
+
     @cached_property
     def non_finite(self) -> np.ndarray:
         """Rows that were stored with a NaN or an infinity in this feature: selectors leave them out.

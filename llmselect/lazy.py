@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class LazyArray:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What the feature was made from."""
+        return json.loads((self.folder / "spec.json").read_text())
 
     @property
     def computed(self) -> int:

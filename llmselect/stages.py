@@ -56,7 +56,7 @@ class Run:
     """One recipe in its folder."""
 
     recipe: Recipe
-    report: dict[str, Any] = field(default_factory=dict)
+    _lazy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -93,11 +93,23 @@ class Run:
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
+    def array(self, name: str) -> Any:
+        """The pool side of a feature, whole or computed on demand."""
+        if not self.recipe.lazy(name):
+            return self.store[name]
+        if name not in self._lazy:
+            from llmselect.engine.on_demand import lazy
+
+            warmup = str(self.folder / "warmup") if self.recipe.warmup else None
+            made = self.recipe.extractor(name.partition(".")[0], warmup)
+            self._lazy[name] = lazy(self.pool, self.store, name, made, target=self.target, batch_tokens=self.recipe.batch_tokens)
+        return self._lazy[name]
+
     def opened(self, place: str) -> Dataset:
         """The rows in a folder of the run."""
-        from datasets import Dataset
+        from llmselect.pool import open_rows
 
-        return Dataset.from_file(str(self.folder / place / "pool.arrow"))
+        return open_rows(self.folder / place / "pool.arrow")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -120,7 +132,7 @@ class Run:
 def extract_stage(run: Run) -> None:
     """Every feature of the recipe, plus token counts, on pool and targets."""
     warmup = _warm_up(run) if run.recipe.warmup else None
-    made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features}
+    made = {name: run.recipe.extractor(name, warmup) for name in run.recipe.features if not run.recipe.lazy(name)}
     made = {TOKENS: _tokens(run), **made}
     if run.recipe.sae:
         run.main_first(lambda: sae_stage(run))
@@ -168,13 +180,21 @@ def _warm_up(run: Run) -> str:
 
 def select_stage(run: Run) -> None:
     """One selection per method and seed."""
-    run.main_first(lambda: [_select(run, method, seed) for method in run.recipe.methods for seed in run.recipe.seeds])
+    for method in run.recipe.methods:
+        lazy = any(run.recipe.lazy(name) for name in run.recipe.selector(method)[1].values())
+        for seed in run.recipe.seeds:
+            if lazy:  # every process computes its share of the rows asked for
+                _select(run, method, seed)
+                run.process.wait_for_everyone()
+            else:
+                run.main_first(lambda method=method, seed=seed: _select(run, method, seed))
 
 
 def _select(run: Run, method: str, seed: int) -> None:
     out = run.folder / "selections" / method / f"seed-{seed}"
     selector, reads = run.recipe.selector(method)
-    specs = {key: dict(run.store.open(name.partition(".")[0]).spec) for key, name in reads.items()}
+    arrays: dict[str, Any] = {key: run.array(name) for key, name in reads.items()}
+    specs = {key: {k: v for k, v in array.spec.items() if k != "part"} for key, array in arrays.items()}
     key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
            "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
     limits, dropped = run.recipe.limits_of(method), semantic_duplicates(run)
@@ -189,7 +209,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     start = time.monotonic()
     inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
-              "exclude": dropped, **_inputs(run, type(selector), reads)}  # fmt: skip
+              "exclude": dropped, **_inputs(run, type(selector), reads, arrays)}  # fmt: skip
     try:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)
@@ -201,16 +221,17 @@ def _select(run: Run, method: str, seed: int) -> None:
     evidence = {**made.evidence, **_top_tokens(run, reads, made)}
     seconds = round(time.monotonic() - start, 3)
     provenance = {**made.provenance, "key": key, "method": method}
+    if not run.process.is_main_process:
+        return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
     timings = run.folder / "selections" / "seconds.json"
     known = json.loads(timings.read_text()) if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
-def _inputs(run: Run, selector: type, reads: Mapping[str, str]) -> dict[str, Any]:
+def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays that a selector's hook asks for, from features, pool and targets."""
-    wanted = inputs_of(selector)
-    found: dict[str, Any] = {key: run.store[name] for key, name in reads.items()}
+    wanted, found = inputs_of(selector), dict(arrays)
     if "groups" in wanted:
         found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
@@ -235,6 +256,8 @@ def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str
     found = {}
     for name in reads.values():
         feature = name.partition(".")[0]
+        if run.recipe.lazy(feature):
+            continue
         tops = [one for one in run.store.open(feature).spec["arrays"] if one.startswith("top_")]
         found |= {one: run.store[f"{feature}.{one}"][made.indices] for one in tops}
     return found

@@ -87,7 +87,7 @@ def test_regret_falls():
         early.append(np.mean(means[:20]))
         late.append(np.mean(means[-20:]))
     assert np.mean(early) == pytest.approx(0.2, abs=0.1)  # every arm once: what uniform sampling gives
-    assert np.mean(late) > 2 * np.mean(early)
+    assert np.mean(late) > 1.6 * np.mean(early)
 
 
 def test_scores_are_the_formula():

@@ -133,9 +133,42 @@ def test_duplicates_in_meaning_limits_and_a_budget_of_ones_own(tmp_path, tiny_mo
         select_stage(Run(changed))
 
 
+def test_a_lazy_feature_is_computed_for_the_rows_that_quad_scores(tmp_path, tiny_model):
+    more = {
+        "features": {
+            "emb": {"extractor": "embedding"},
+            "inf": {"extractor": "influence", "fisher_rows": 8, "lazy": True},
+            "all": {"extractor": "influence", "fisher_rows": 8},
+        },
+        "methods": {
+            "quad": {"selector": "quad", "x": "emb", "quality": "inf", "clusters": 3, "least": 4},
+            "same": {"selector": "quad", "x": "emb", "quality": "all", "clusters": 3, "least": 4},
+        },
+        "budget": 5,
+        "seeds": [0, 1],
+    }
+    run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(60), **more))
+    prepare(run)
+    extract_stage(run)
+    select_stage(run)
+    assert set(run.store.names()) == {"emb", "emb@target", "all", "all@target", "tokens", "tokens@target"}
+    asked = 0
+    for seed in (0, 1):
+        made = {name: Selection.load(run.folder / "selections" / name / f"seed-{seed}") for name in more["methods"]}
+        assert made["quad"].indices.tolist() == made["same"].indices.tolist()
+        asked += made["quad"].provenance["report"]["scored"]
+    assert run.array("inf").computed <= min(asked, len(run.pool))
+    select_stage(Run(run.recipe))  # finds the selections as they are
+
+
 @pytest.mark.parametrize(
     "more,told",
     [
+        ({"features": {"i": {"extractor": "loss", "lazy": 1}}}, r"features\.i\.lazy: true or false"),
+        (
+            {"features": {"i": {"extractor": "loss", "lazy": True}}, "methods": {"t": {"selector": "topk", "x": "i.nll"}}},
+            "lazy: false",
+        ),
         ({"dedup": {"x": "embb"}}, r"dedup\.x: no feature 'embb'"),
         ({"dedup": {"x": "emb", "threshold": 2}}, r"dedup\.threshold: 2"),
         ({"methods": {"r": {"selector": "random", "limits": {"quotas": {"v": 1}}}}}, r"r\.limits\.quotas\.v: no such target"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from llmselect.engine.extraction import content_digest, groups_of, spec_of
 from llmselect.engine.passes import Pass, default_batch_tokens, fit
 from llmselect.errors import UsageError
 from llmselect.lazy import PART, LazyArray
+
+log = logging.getLogger("llmselect")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +53,7 @@ def lazy(pool: Dataset, store: FeatureStore, name: str, extractor: Extractor, *,
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
         if extractor.fits and feature not in run.states:
             _fit(run, feature, folder, target, pool)
+        log.info("%s: %d more rows of %d", feature, len(rows), len(pool))
         some = pool[rows]
         return run.compute(some["messages"], some["id"], [feature])[feature]
 
