@@ -81,8 +81,22 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
         if last == "evaluate":
             results = run.folder / ("results.json" if as_json else "results.md")
             print(results.read_text("utf-8") if table else f"done: {run.folder}")
+            _closing(run, as_json)
         else:
             print(json.dumps({"run": str(run.folder)}) if as_json else f"{last}: done in {run.folder}")
+
+
+def _closing(run: Any, as_json: bool) -> None:
+    """Make the report and tell where it is. A run that has its results has not failed for want of a page."""
+    from llmselect.report import write_report
+
+    try:
+        with run.timed("report"):
+            told = f"report: {write_report(run)}"
+    except Exception as error:
+        again = f"llmselect report {run.folder}"
+        told = f"no report: {type(error).__name__}: {error}; to try again, type: {again}"
+    print(told, file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
@@ -209,6 +223,21 @@ def sae_describe(recipe: RecipePath, overrides: Overrides = None,
 
     found = latents_of.describe_latents(stages.Run(recipes.load_recipe(recipe, overrides)), latents, rows)
     print(json.dumps(found) if as_json else describe.text(found))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+           out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the folder")] = None,
+           sample: Annotated[int, typer.Option(help="the most rows of the pool on the page")] = 4000,
+           as_json: Json = False) -> None:  # fmt: skip
+    """One HTML page of a run: map of the pool, results, distributions, overlap, and every row with why it was picked.
+
+    Example: `llmselect report runs/quickstart --out report.html`. It opens without a network.
+    """
+    from llmselect.report import write_report
+
+    file = write_report(folder, out, sample)
+    print(json.dumps({"report": str(file), "bytes": file.stat().st_size}) if as_json else f"report: {file}")
 
 
 @app.command()

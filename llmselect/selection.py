@@ -20,6 +20,8 @@ from llmselect.errors import LlmselectError, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from llmselect.plots import Plots
+
 _ALLOWED = 'give a number of rows, "5%", {fraction: 0.05} or {tokens: 200000}'
 
 
@@ -123,6 +125,18 @@ class Selection:
 
     def __repr__(self) -> str:
         return f"Selection({len(self)} of {self.n} rows by {self.provenance.get('selector', 'hand')})"
+
+    def _repr_html_(self) -> str:
+        from llmselect.notebook import selection_html
+
+        return selection_html(self)
+
+    @property
+    def plot(self) -> Plots:
+        """Figures (extra `report`): `plot.sources(pool)`, `plot.lengths(cost)`, `plot.scores()`."""
+        from llmselect.plots import Plots
+
+        return Plots(self)
 
     def repetitions(self, total: int | None = None) -> np.ndarray:
         """How often each row should be trained on, `[k]` int64: `weights` as whole numbers that sum to `total` (default k),

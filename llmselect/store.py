@@ -199,6 +199,11 @@ class FeatureStore:
         """Delete a feature."""
         shutil.rmtree(self.open(name).folder)
 
+    def _repr_html_(self) -> str:
+        from llmselect.notebook import store_html
+
+        return store_html(self)
+
     def __contains__(self, name: str) -> bool:
         return name.partition(".")[0] in self.names()
 

@@ -102,6 +102,7 @@ def test_run_from_pool_to_table_and_again(recipe):
     first = cli("run", recipe)
     for method in ("base", "random", "balanced", "length", "rds+", "trim", "full"):
         assert f"| {method} |" in first.stdout
+    assert first.stdout.splitlines()[-1] == f"report: {out / 'report.html'}" and "<title>cli" in (out / "report.html").read_text()
     table = json.loads((out / "results.json").read_text())["rows"]
     account = json.loads((out / "rows.json").read_text())
     assert 40 < account["usable"] < 60, "some rows are longer than max_length"
