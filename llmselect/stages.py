@@ -7,8 +7,7 @@ A run folder explains and repeats itself::
     features/                   the FeatureStore
     selections/<method>/seed-<s>/
     adapters/<method>/seed-<s>/
-    evaluation/<method>/seed-<s>.json
-    results.json  results.md  timings.json
+    evaluation/<method>/seed-<s>.json  results.json  results.md  timings.json
 
 Every stage skips what is complete, so running again continues.
 """
@@ -239,6 +238,8 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str
         found["target"] = run.store[f"{feature}@target{dot}{array}"]
     if "target_groups" in wanted:
         found["target_groups"] = np.asarray(run.target["group"])
+    if "target_cost" in wanted:
+        found["target_cost"] = np.asarray(run.store[f"{TOKENS}@target.supervised"])
     return found
 
 
@@ -283,9 +284,8 @@ def describe_latents(run: Run, latents: str | None, rows: int) -> list[dict[str,
     if wrong := [latent for latent in wanted if latent >= x.shape[1]]:
         raise UsageError(f"--latents: {wrong[0]} is not one of 0 … {x.shape[1] - 1}")
     backbone = Backbone(model.path, None, model.dtype, model.max_length)
-    layer = int(run.store.fitted(name)["layer"])
     sae = load.load(made[name].sae, made[name].sae_id, str(backbone.device))
-    return describe.describe(run.pool, x, sae, backbone, layer, wanted, rows)
+    return describe.describe(run.pool, x, sae, backbone, int(run.store.fitted(name)["layer"]), wanted, rows)
 
 
 def _deciding(run: Run, count: int = 8) -> list[int]:

@@ -24,7 +24,7 @@ from llmselect.selectors._base import Selector, inputs_of
 N, D, K = 60, 16, 20
 TASKS = ["b", "a", "b", "c", "a", "d"]
 IDS = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(N)]
-FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups")
+FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups", "target_cost")
 
 
 def make(name: str, ndim: int, tied: bool, sign: str = "any") -> np.ndarray:
@@ -40,6 +40,7 @@ def make(name: str, ndim: int, tied: bool, sign: str = "any") -> np.ndarray:
     return {
         "target": lambda: real(len(TASKS), D),
         "target_groups": lambda: np.array(TASKS),
+        "target_cost": lambda: rng.integers(1, 4 if tied else 500, len(TASKS)),
         "quality": lambda: real(N),
         "groups": lambda: np.array(list("aaaabbbccd"))[rng.integers(0, 10, N)],
         "cost": lambda: rng.integers(1, 4 if tied else 500, N),
