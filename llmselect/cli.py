@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_models
+from llmselect import cli_benchmark, cli_models
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -165,6 +165,7 @@ def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")]
 
 
 cli_models.add_to(app)
+cli_benchmark.add_to(app)
 
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
 app.add_typer(sae_app, name="sae")

@@ -40,10 +40,11 @@ LEVELS = (
         "hub",
         "compare",
         "comparison",
+        "benchmark",
         "estimate",
         "preflight",
     },
-    {"cli", "cli_models", "__main__"},
+    {"cli", "cli_models", "cli_benchmark", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
