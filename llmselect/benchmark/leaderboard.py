@@ -59,7 +59,7 @@ def _line(found: Arms, method: str, budget: str) -> Line:
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in own.values())))
     per_seed = [np.mean([by_seed[s].nll for by_seed in own.values()]) for s in seeds]
     nll = float(np.mean([np.mean([one.nll for one in by_seed.values()]) for by_seed in own.values()]))
-    pairs = {} if method in (BASE, RANDOM) else _pairs(own, _random_for(found, own, budget))
+    pairs = {} if method in (BASE, FULL, RANDOM) else _pairs(own, _random_for(found, own, budget))
     wins = sum(np.mean([v.mean() for v in tasks.values()]) < 0 for tasks in pairs.values())
     cells = [list(by_seed.values()) for by_seed in own.values()]
     # Rows computed on demand are paid by the first seed that asks, so the dearest seed tells the cost.
