@@ -74,7 +74,9 @@ def test_a_grid_runs_once(finished):
     only = parse_only(TWO, plan)
     assert [(c.method, c.seed) for c in tally.ran] == [("random", 0), ("random", 1), ("trim", 0), ("trim", 1)]
     results = [load(plan.results / c.path) for c in tally.ran]
-    assert all(r.rows == 6 and r.losses["t"].shape == (6,) and r.seconds["train"] > 0 for r in results)
+    usable = len(np.load(plan.folder / "tiny/t/pool/usable.npy"))
+    assert [(r.rows, r.losses["t"].shape) for r in results] == [(usable // 5, (6,))] * 4
+    assert all(0 < r.tokens < 500 and r.seconds["train"] > 0 for r in results)
     assert [r.forwards for r in results] == [0, 0, 1, 1] and results[2].seconds["features"] > 0
     assert len({tuple(r.losses["t"]) for r in results}) == 4
     assert not list(plan.folder.glob("**/adapter_model.safetensors")) and not (plan.folder / "tiny/t/features/rds").exists()
@@ -245,7 +247,7 @@ def test_the_committed_leaderboard_is_that_of_the_committed_cells():
 
 def test_lds_of_a_linear_datamodel_is_known():
     rng = np.random.default_rng(0)
-    n, m = 400, 3000
+    n, m = 400, 1000
     theta = rng.standard_normal(n)
     members = [rng.choice(n, n // 2, replace=False) for _ in range(m)]
     signal_ = np.array([theta[rows].sum() for rows in members])
@@ -253,7 +255,7 @@ def test_lds_of_a_linear_datamodel_is_known():
     scores = {"true": theta, "wrong": -theta, "other": rng.standard_normal(n), "none": np.ones(n)}
     found = {one.method: one for one in lds.lds(scores, members, nll)}
     expected = 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2)  # Spearman's of a bivariate normal
-    assert found["true"].rho == pytest.approx(expected, abs=0.03) and found["wrong"].rho == pytest.approx(-found["true"].rho)
+    assert found["true"].rho == pytest.approx(expected, abs=0.05) and found["wrong"].rho == pytest.approx(-found["true"].rho)
     assert found["true"].low < expected < found["true"].high and abs(found["other"].rho) < 0.15
     assert found["true"].rho == pytest.approx(spearmanr(signal_, -nll).statistic) and np.isnan(found["none"].rho)
     assert lds.lds({"true": theta}, members[:40], -signal_[:40])[0].rho == pytest.approx(1)
