@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_benchmark, cli_models
+from llmselect import cli_benchmark, cli_models, cli_push, cli_refine
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ def main() -> None:
     for noisy in ("transformers", "datasets", "accelerate", "trl", "peft", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings print signed addresses of uploads
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of a hundred model loads hide our own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -65,10 +66,10 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other, not for this user
-    from llmselect import comparison, prepare, stages
+    from llmselect import comparison, prepare, refine_stage, stages
 
     run = stages.Run(plan)
-    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage,),
+    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
              "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
     table = None
     for name, steps in order.items():
@@ -129,10 +130,11 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = 
 
 @app.command("list")
 def list_methods(as_json: Json = False) -> None:
-    """All selectors and extractors, also those of other installed packages."""
-    from llmselect.registry import describe, extractors, selectors
+    """All selectors, extractors and schedules, also those of other installed packages."""
+    from llmselect.registry import describe, extractors, schedules, selectors
 
-    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in (selectors, extractors)}
+    kinds = (selectors, extractors, schedules)
+    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in kinds}
     if as_json:
         print(json.dumps(found))
         return
@@ -144,15 +146,15 @@ def list_methods(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")], as_json: Json = False) -> None:
+def show(name: Annotated[str, typer.Argument(help="a selector, an extractor or a schedule")], as_json: Json = False) -> None:
     """A method's formula, inputs, cost, paper and parameters."""
     from llmselect.errors import UsageError, nearest
-    from llmselect.registry import SECTIONS, describe, extractors, selectors
+    from llmselect.registry import SECTIONS, describe, extractors, schedules, selectors
 
-    names = selectors.names() + extractors.names()
-    if name not in names:
-        raise UsageError(f"no method '{name}'.{nearest(name, names)} One of: {', '.join(names)}")
-    about = describe((selectors if name in selectors.names() else extractors).get(name))
+    homes = {name: kind for kind in (schedules, extractors, selectors) for name in kind.names()}
+    if name not in homes:
+        raise UsageError(f"no method '{name}'.{nearest(name, homes)} One of: {', '.join(homes)}")
+    about = describe(homes[name].get(name))
     if as_json:
         print(json.dumps(about, default=str))
         return
@@ -166,6 +168,8 @@ def show(name: Annotated[str, typer.Argument(help="a selector or an extractor")]
 
 cli_models.add_to(app)
 cli_benchmark.add_to(app)
+cli_push.add_to(app)
+cli_refine.add_to(app)
 
 sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
 app.add_typer(sae_app, name="sae")

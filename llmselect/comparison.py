@@ -41,9 +41,14 @@ class Row:
     train_seconds: float | None
 
 
+def selecting(run: Run) -> list[str]:
+    """What has a selection: the methods, and iterative refinement if asked for."""
+    return [*run.recipe.methods, *([run.recipe.refine.method] if run.recipe.refine else [])]
+
+
 def arms(run: Run) -> list[str]:
-    """What is trained: the methods, and the whole pool if asked for."""
-    return [*run.recipe.methods, *([FULL] if run.recipe.full else [])]
+    """What is trained: the selections, and the whole pool if asked for."""
+    return [*selecting(run), *([FULL] if run.recipe.full else [])]
 
 
 def chosen(run: Run, method: str, seed: int) -> tuple[Dataset, Selection | None]:
@@ -51,7 +56,7 @@ def chosen(run: Run, method: str, seed: int) -> tuple[Dataset, Selection | None]
     if method == FULL:
         return run.pool, None
     selection = Selection.load(run.folder / "selections" / method / f"seed-{seed}")
-    return selection.to_dataset(run.pool), selection
+    return selection.to_dataset(run.pool, repeat=selection.weights is not None), selection
 
 
 def train_stage(run: Run) -> None:
@@ -184,7 +189,7 @@ def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
 
 def verdict(run: Run, table: Sequence[Row]) -> str:
     """One line: which method won, and whether by more than the spread over seeds."""
-    methods = [row for row in table if row.method in run.recipe.methods]
+    methods = [row for row in table if row.method in selecting(run)]
     if not methods:
         return "no method was measured"
     best = min(methods, key=lambda row: row.nll)

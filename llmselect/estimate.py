@@ -26,7 +26,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     Nothing is written to the run folder.
     """
     with tempfile.TemporaryDirectory(prefix="llmselect-dry-run-") as scratch:
-        total = _count(recipe)
+        total = count_rows(recipe)
         sample = replace(recipe, out=scratch, pool=replace(recipe.pool, limit=min(total, SAMPLE)))
         run = Run(sample)
         prepare(run)
@@ -35,7 +35,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         seconds, bytes_per_row, tokens_per_row = _passes(run)
     budget = Budget.parse(recipe.budget)
     selected = budget.rows_of(rows) if budget.tokens is None else int(budget.tokens / max(1.0, tokens_per_row))
-    trainings = (len(recipe.methods) + recipe.full) * len(recipe.seeds)
+    trainings = (len(recipe.methods) + recipe.full + (recipe.refine is not None)) * len(recipe.seeds)
     trained = recipe.train.tokens or int(selected * tokens_per_row * recipe.train.epochs)
     return {
         "pool_rows": total,
@@ -50,7 +50,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _count(recipe: Recipe) -> int:
+def count_rows(recipe: Recipe) -> int:
     """Rows of the pool: counted without building them."""
     from llmselect.readers import read
 
@@ -104,6 +104,7 @@ def text(found: dict[str, Any], recipe: Recipe) -> str:
             f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
             f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {extracting}",
             f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
+            *(["  refine    its rounds are not counted here; llmselect refine --dry-run tells them"] if recipe.refine else []),
             f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {training}",
             f"  ({found['note']})",
         ]

@@ -10,7 +10,8 @@ from llmselect.errors import UsageError, nearest
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
          "tool": "tool", "function": "tool", "observation": "tool"}  # fmt: skip
-FIELDS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "source", "system")
+FIELDS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "source", "system",
+          "license")  # fmt: skip
 RECOGNISED = "messages; conversations (ShareGPT); instruction, input, output (Alpaca); prompt, completion; text"
 
 Message = dict[str, str]

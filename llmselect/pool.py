@@ -97,8 +97,6 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
               max_row_bytes: int = 1_000_000, workdir: Path | str | None = None, against: Iterable[Dataset] = (),
               quarantine: Path | str | None = None) -> tuple[Dataset, PoolReport]:  # fmt: skip
     """`load_pool`, with the account of every row."""
-    from datasets import Dataset
-
     check_columns(columns)
     folder = Path(workdir) if workdir else _temporary()
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +118,17 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
     if not report.kept:
         raise LlmselectError(f"no usable rows in {source}: {report.describe()}")
     log.info("%s: %s", source if isinstance(source, str | Path) else "pool", report.describe())
-    return Dataset.from_file(str(file)), report
+    return open_rows(file), report
+
+
+def open_rows(file: Path) -> Dataset:
+    """The rows of an Arrow file that `read_pool` wrote; they have a column `license` if any row states one."""
+    from datasets import Dataset
+
+    data = Dataset.from_file(str(file))
+    if "license" in data.column_names and data.data.column("license").null_count == len(data):
+        data = data.remove_columns("license")
+    return data
 
 
 def _temporary() -> Path:
@@ -162,8 +170,8 @@ def load_pool(source: Any, **options: Any) -> Dataset:
 
 
 def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | None, max_row_bytes: int,
-              report: PoolReport, rejects: _Quarantine) -> Iterator[tuple[str, str, list[Message]]]:  # fmt: skip
-    """Valid rows as (origin, source, messages)."""
+              report: PoolReport, rejects: _Quarantine) -> Iterator[tuple[str, str, str | None, list[Message]]]:  # fmt: skip
+    """Valid rows as (origin, source, licence, messages)."""
     for stem, (origin, row) in raws:
         if limit is not None and report.read >= limit:
             return
@@ -179,13 +187,15 @@ def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | Non
             rejects.add("invalid", found.reason, found.detail, origin, None, text)
             continue
         named = row.get((columns or {}).get("source", "source"))
-        yield origin, source_name or (named if isinstance(named, str) and named else stem), messages
+        stated = row.get((columns or {}).get("license", "license"), row.get("licence"))
+        licence = stated.strip().encode("utf-8", "replace").decode() or None if isinstance(stated, str) else None
+        yield origin, source_name or (named if isinstance(named, str) and named else stem), licence, messages
 
 
 def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[tuple]:
-    """Rows seen for the first time and clean of evaluation text, as (id, source, messages)."""
+    """Rows seen for the first time and clean of evaluation text, as (id, source, licence, messages)."""
     seen = Seen()
-    for origin, source, messages in rows:
+    for origin, source, licence, messages in rows:
         row_id = content_id(messages)
         digest = bytes.fromhex(row_id)
         excerpt = messages[-1]["content"]
@@ -198,7 +208,7 @@ def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejec
             rejects.add("contaminated", "contaminated", found, origin, row_id, excerpt)
             continue
         report.kept += 1
-        yield row_id, source, messages
+        yield row_id, source, licence, messages
 
 
 class Seen:
@@ -236,13 +246,13 @@ def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolRep
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    fields = [("id", pa.string()), ("messages", pa.list_(message)), ("source", pa.string())]
-    schema = pa.schema(fields + ([("group", pa.string())] if group else []))
+    last = "group" if group else "license"  # targets are never passed on, so nobody asks for their licence
+    schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)), ("source", pa.string()), (last, pa.string())])
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         batch: list[dict[str, Any]] = []
-        for row_id, source, messages in rows:
-            batch.append({"id": row_id, "messages": messages, "source": source, **({"group": group} if group else {})})
+        for row_id, source, licence, messages in rows:
+            batch.append({"id": row_id, "messages": messages, "source": source, last: group or licence})
             if len(batch) == BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch = []

@@ -14,6 +14,7 @@ import numpy as np
 from llmselect import atomic, config
 from llmselect.arrays import Subset, fold_ids
 from llmselect.errors import LlmselectError
+from llmselect.hub.origin import noted
 from llmselect.readers import stamps
 from llmselect.recipe import PoolSource
 from llmselect.strict_yaml import dump_yaml
@@ -46,6 +47,8 @@ def _prepare(run: Run) -> None:
     with run.timed("prepare"):
         account = _read_rows(run)
         account |= _usable(run)
+        if (published := noted(recipe.pool.path)) is not None:
+            account["dataset"] = published
         atomic.write_json(done, {"key": key, **account})
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmselect import config
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
+from llmselect.refine_steps import Refine
+from llmselect.refine_steps import check as check_refine
 from llmselect.registry import extractors, selectors
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
@@ -95,6 +97,7 @@ class Recipe:
     dedup: Dedup | None = field(default=None, metadata={"help": "semantic duplicates are never selected"})
     warmup: Warmup | None = None
     sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
+    refine: Refine | None = field(default=None, metadata={"help": "also select in rounds of training and scoring"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
     out: str | None = field(default=None, metadata={"help": "run folder; null: runs/<name>"})
@@ -156,9 +159,11 @@ class Recipe:
         """
         from llmselect.train import validate
 
-        if not self.methods or not self.targets:
-            raise UsageError(f"{'methods' if not self.methods else 'targets'}: at least one is needed")
-        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features)):
+        if not (self.methods or self.refine) or not self.targets:
+            raise UsageError(f"{'targets' if self.methods or self.refine else 'methods'}: at least one is needed")
+        rounds = {self.refine.method: None} if self.refine else {}
+        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
+                            ("refine.method", rounds)):  # fmt: skip
             for name in names:
                 if not name or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
                     raise UsageError(f"{kind}.{name}: not a name; allowed: letters, digits, '_', '+', '-', not base or full")
@@ -180,6 +185,8 @@ class Recipe:
         for name in self.methods:
             self._check_method(name)
         self._check_dedup()
+        if self.refine:
+            check_refine(self.refine, self)
         validate(self.train)
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
@@ -260,7 +267,7 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
     out = dict(plain)
-    for section, keys in (("model", ("path",)), ("pool", ("path",))):
+    for section, keys in (("model", ("path",)), ("pool", ("path",)), ("refine", ("judge",))):
         if isinstance(out.get(section), Mapping):
             out[section] = {k: resolve(v) if k in keys else v for k, v in out[section].items()}
     if isinstance(out.get("targets"), Mapping):

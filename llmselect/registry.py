@@ -74,6 +74,7 @@ class Registry:
 
 selectors = Registry("selector", "llmselect.selectors", "llmselect.selectors")
 extractors = Registry("extractor", "llmselect.extractors", "llmselect.extractors")
+schedules = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
 
 
 def describe(cls: type) -> dict[str, Any]:

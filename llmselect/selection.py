@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -123,14 +124,35 @@ class Selection:
     def __repr__(self) -> str:
         return f"Selection({len(self)} of {self.n} rows by {self.provenance.get('selector', 'hand')})"
 
-    def to_dataset(self, pool: Dataset) -> Dataset:
-        """The selected rows of `pool` in rank order. Errors: `LlmselectError` when `pool` is not the pool selected from."""
+    def repetitions(self, total: int | None = None) -> np.ndarray:
+        """How often each row should be trained on, `[k]` int64: `weights` as whole numbers that sum to `total` (default k),
+        by largest remainder, ties to the better rank. Without weights all rows count alike."""
+        weights = np.ones(len(self)) if self.weights is None else np.asarray(self.weights, np.float64)
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+            raise LlmselectError("weights must be finite, not negative and not all zero to become repetitions")
+        quota = (len(self) if total is None else total) * weights / weights.sum()
+        counts = np.floor(quota + 1e-9).astype(np.int64)
+        left = round(quota.sum()) - int(counts.sum())
+        counts[np.argsort(-(quota - counts), kind="stable")[:left]] += 1
+        return counts
+
+    def to_dataset(self, pool: Dataset, repeat: bool = False) -> Dataset:
+        """The selected rows of `pool` in rank order; with `repeat` each as often as `repetitions` says.
+
+        Errors: `LlmselectError` when `pool` is not the pool selected from.
+        """
         if len(pool) != self.n:
             raise LlmselectError(f"this selection is from a pool of {self.n} rows, the one given has {len(pool)}")
         chosen = pool.select(self.indices)
         if self.ids is not None and "id" in chosen.column_names and list(chosen["id"]) != list(self.ids):
             raise LlmselectError("the ids of this pool's rows are not those selected: it is another pool, or reordered")
-        return chosen
+        return chosen.select(np.repeat(np.arange(len(self)), self.repetitions())) if repeat else chosen
+
+    def push_to_hub(self, repo: str, pool: Dataset, **options: Any) -> Any:
+        """Push the selected rows of `pool` to the Hub with a card; options, result and errors of
+        `llmselect.hub.push_selection`: `private`, `create_pr`, `dry_run`, `source`."""
+        # By name: a selection knows nothing of what is built upon it, this one word to it is for the user.
+        return importlib.import_module("llmselect.hub").push_selection(self, repo, pool, **options)
 
     def prefix(self, k: int) -> Selection:
         """The selection at a smaller budget, at no cost."""

@@ -106,9 +106,9 @@ class Run:
 
     def opened(self, place: str) -> Dataset:
         """The rows in a folder of the run."""
-        from datasets import Dataset
+        from llmselect.pool import open_rows
 
-        return Dataset.from_file(str(self.folder / place / "pool.arrow"))
+        return open_rows(self.folder / place / "pool.arrow")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -25,11 +25,13 @@ class Schedule:
 
 
 def schedule(count: int, encode: Callable[[Sequence[int]], list[Encoded]], tokens: int | None, batch_tokens: int,
-             seed: int, block: int = 256, epochs: int = 1) -> Schedule:  # fmt: skip
+             seed: int, block: int = 256, epochs: int = 1,
+             order: Callable[[int], Sequence[int]] | None = None) -> Schedule:  # fmt: skip
     """Lay `count` rows out in seeded epochs and cut them into steps of exactly `batch_tokens` supervised tokens.
 
     A row that straddles the border of two steps is in both, with its labels shared out between them. The last step
-    ends exactly at `tokens` (after `epochs` when None). Rows are encoded only until the budget is full.
+    ends exactly at `tokens` (after `epochs` when None). Rows are encoded only until the budget is full. `order(e)` gives the
+    rows of epoch e in their order; None: all of them, shuffled.
 
     Errors: `LlmselectError` when rows have no supervised token.
     """
@@ -39,10 +41,11 @@ def schedule(count: int, encode: Callable[[Sequence[int]], list[Encoded]], token
     seen, room, epoch = 0, batch_tokens, 0
     used = 0
     while True:
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-        for start in range(0, count, block):
-            part = [int(i) for i in order[start : start + block]]
-            new = [i for i in part if i not in place]
+        shuffled = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation
+        rows_now = shuffled(count) if order is None else order(epoch)
+        for start in range(0, len(rows_now), block):
+            part = [int(i) for i in rows_now[start : start + block]]
+            new = [i for i in dict.fromkeys(part) if i not in place]
             for i, row in zip(new, encode(new), strict=True):
                 place[i] = len(rows)
                 rows.append(row)

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmselect import adapter_card, atomic, config
+from llmselect.dynamic.planned import planned, planned_order
 from llmselect.errors import LlmselectError, UsageError, nearest, require
 from llmselect.packing import check_packing, packed, padded
 from llmselect.token_batches import MicroBatches, accumulation
@@ -62,6 +63,9 @@ class Train:
     packing: bool | None = field(
         default=None, metadata={"help": "several rows in one sequence, kept apart; null: on a GPU, where it is faster"}
     )
+    schedule: dict[str, Any] | None = field(
+        default=None, metadata={"help": "other rows every epoch, {name: rs2, budget: 10%}; null: all rows"}
+    )
     checkpoints: int = field(default=0, metadata={"help": "keep adapter and optimizer state at this many equal parts (LESS)"})
     sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "TRL SFTConfig settings by their own names"})
     lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "PEFT LoraConfig settings by their own names"})
@@ -90,10 +94,11 @@ class TrainResult:
 
 
 def validate(train: Train) -> None:
-    """Check `sft` and `lora` against TRL and PEFT, before any model loads.
+    """Check `sft` and `lora` against TRL and PEFT, and `schedule`, before any model loads.
 
     Errors: `UsageError` naming the key: unknown, set by llmselect itself, or of a wrong value; `MissingExtra`.
     """
+    planned(train.schedule)
     sft = require("trl", "train").SFTConfig
     lora = require("peft", "train").LoraConfig
     for section, cls, given in (("train.sft", sft, train.sft), ("train.lora", lora, train.lora)):
@@ -167,13 +172,15 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     from llmselect.token_trainer import keep_checkpoints, run
 
     backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
+    ids = list(rows["id"])
     key = {"model": model, "weights": _weights(backbone), "tokens": backbone.encoder.fingerprint,
-           "rows": config.fingerprint(list(rows["id"])), "train": config.to_dict(train), "seed": seed,
+           "rows": config.fingerprint(ids), "train": _settings(train), "seed": seed,
            "dtype": dtype, "max_length": backbone.encoder.max_length}  # fmt: skip
     if (done := _finished(out, key)) is not None:
         return done
     encode = partial(_encode, backbone, rows)
-    plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, block=64, epochs=train.epochs)
+    order = planned_order(train.schedule, train.epochs, ids, seed)
+    plan = schedule(len(rows), encode, train.tokens, train.batch_tokens, seed, 64, train.epochs, order)
     with TemporaryDirectory(prefix="llmselect-train-") as scratch:
         trainer = _trainer(backbone, plan, train, seed, scratch)
         if train.checkpoints:
@@ -186,6 +193,11 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
             _save(trainer, out, key, result, {**provenance, "rows": len(rows)}, Path(scratch))
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _settings(train: Train) -> dict[str, Any]:
+    """For an adapter's identity; without a schedule as before there were any, so that older adapters still count."""
+    return {k: v for k, v in config.to_dict(train).items() if k != "schedule" or v is not None}
 
 
 def _weights(backbone: Any) -> str:

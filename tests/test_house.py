@@ -158,7 +158,7 @@ def test_public_names_are_documented(name):
     assert missing == []
 
 
-@pytest.mark.parametrize("kind", [registry.selectors, registry.extractors], ids=lambda kind: kind.kind)
+@pytest.mark.parametrize("kind", [registry.selectors, registry.extractors, registry.schedules], ids=lambda kind: kind.kind)
 def test_every_method_documents_itself(kind):
     assert kind.names()
     for name in kind.names():

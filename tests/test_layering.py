@@ -26,11 +26,15 @@ LEVELS = (
         "prepare",
         "recipe",
         "refine",
+        "refine_steps",
+        "refine_stage",
+        "judges",
         "train",
         "packing",
         "token_steps",
         "token_batches",
         "token_trainer",
+        "dynamic",
         "adapter_card",
         "backends",
         "generate",
@@ -44,7 +48,7 @@ LEVELS = (
         "estimate",
         "preflight",
     },
-    {"cli", "cli_models", "cli_benchmark", "__main__"},
+    {"cli", "cli_models", "cli_benchmark", "cli_push", "cli_refine", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}
@@ -121,6 +125,8 @@ def test_the_check_refuses_relative_imports_and_unplaced_modules(source):
         "import llmselect; llmselect.load_pool",
         "from llmselect import registry; assert registry.selectors.names()",
         "from llmselect import registry; assert registry.extractors.names()",
+        "from llmselect.registry import describe, schedules as s; [describe(s.get(name)) for name in s.names()]",
+        "import llmselect.dynamic; llmselect.dynamic.Rs2().materialise(2, n=9)",
         "from llmselect.registry import describe, selectors as s; [describe(s.get(name)) for name in s.names()]",
         "from llmselect.registry import describe, extractors as e; [describe(e.get(name)) for name in e.names()]",
         "import llmselect.config, llmselect.recipe",

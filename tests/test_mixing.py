@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmselect import registry, selectors
-from llmselect.errors import UsageError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import Limits, select_within
+from llmselect.selection import Selection
 from llmselect.selectors._base import inputs_of
 
 many = settings(max_examples=80, deadline=None)
@@ -150,3 +151,22 @@ def test_excluded_rows_are_never_taken():
     assert plain.indices.tolist() == np.argsort(-x)[20:50].tolist() and plain.provenance["excluded"] == 20
     with pytest.raises(UsageError, match="exclude"):
         TOP.select(3, x=x, exclude=[200])
+
+
+@many
+@given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=20), total=st.integers(1, 60))
+def test_weights_become_whole_repetitions(weights, total):
+    made = Selection(np.arange(len(weights)), 50, weights=np.array(weights))
+    counts, quota = made.repetitions(total), total * np.array(weights) / sum(weights)
+    assert counts.sum() == total and (np.abs(counts - quota) < 1).all()
+    assert Selection(np.arange(7), 50).repetitions().tolist() == [1] * 7
+
+
+def test_a_dataset_of_repetitions():
+    from datasets import Dataset
+
+    pool = Dataset.from_dict({"v": list(range(6))})
+    made = Selection(np.array([4, 1, 3]), 6, weights=np.array([0.6, 0.0, 0.4]))
+    assert made.to_dataset(pool, repeat=True)["v"][:] == [4, 4, 3]
+    with pytest.raises(LlmselectError, match="weights"):
+        Selection(np.array([4]), 6, weights=np.array([np.nan])).repetitions()

@@ -72,18 +72,27 @@ class Case:
 
 
 def variants(cls: type) -> list[Selector]:
-    """The selector with every choice of its switches that it accepts; other hyper-parameters at their defaults."""
+    """The selector with choices of its switches that it accepts, other hyper-parameters at their defaults."""
     choices, made = {}, []
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]
         if hint is bool or get_origin(hint) is Literal:
             choices[f.name] = get_args(hint) or (False, True)
-    for values in itertools.islice(itertools.product(*choices.values()), 48):
+    for values in few(list(choices.values())):
         try:
             made.append(cls(**dict(zip(choices, values, strict=True))))
         except UsageError:
             continue  # a combination that the method refuses
     return made
+
+
+def few(choices: list[tuple]) -> list[tuple]:
+    """All combinations when they are at most eight; else enough that every value is met, refused ones being spare."""
+    every = list(itertools.product(*choices))
+    if len(every) <= 8:
+        return every
+    alone = [tuple(v if j == i else c[0] for j, c in enumerate(choices)) for i, one in enumerate(choices) for v in one]
+    return list(dict.fromkeys([*alone, *every[:: max(1, len(every) // 4)]]))
 
 
 CLASSES = [selectors.get(name) for name in selectors.names()]

@@ -153,9 +153,12 @@ class Plan:
         for method, (options, budgets) in grid.arms().items():
             methods |= {f"{method}-{slug(label(b))}": {**options, "budget": b.plain()} for b in budgets}
         tasks = {name: grid.tasks[name] for name in grid.sets[target]}
-        return Recipe(f"{grid.name}-{model}-{target}", grid.models[model], grid.pool, tasks, methods, grid.features, "5%",
-                      list(grid.seeds), grid.train, False, grid.dedup, grid.warmup, grid.sae, grid.batch_tokens,
-                      grid.shard_rows, str(self.folder / model / target))  # fmt: skip
+        return Recipe(
+            name=f"{grid.name}-{model}-{target}", model=grid.models[model], pool=grid.pool, targets=tasks, methods=methods,
+            features=grid.features, seeds=list(grid.seeds), train=grid.train, full=False, dedup=grid.dedup,
+            warmup=grid.warmup, sae=grid.sae, batch_tokens=grid.batch_tokens, shard_rows=grid.shard_rows,
+            out=str(self.folder / model / target),
+        )  # fmt: skip
 
     def reads(self, method: str) -> list[str]:
         """The features that a method reads."""

@@ -39,8 +39,8 @@ class Backbone:
         self.device = torch.device(device or default_device())
         auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.dtype = auto if dtype == "auto" else getattr(torch, dtype)
-        self.config = _from_pretrained("AutoConfig", model)
-        self.tokenizer = _from_pretrained("AutoTokenizer", model)
+        self.config = from_pretrained("AutoConfig", model)
+        self.tokenizer = from_pretrained("AutoTokenizer", model)
         self.text_config = self.config.get_text_config()
         limit = getattr(self.text_config, "max_position_embeddings", None) or 2048
         limit = min(limit, self.tokenizer.model_max_length)
@@ -54,7 +54,7 @@ class Backbone:
     def causal_lm(self) -> Any:
         """The loaded model, in evaluation mode, its adapter merged."""
         kwargs = dict(dtype=self.dtype, attn_implementation="sdpa", use_safetensors=True)
-        model = _from_pretrained("AutoModelForCausalLM", self.path, **kwargs)
+        model = from_pretrained("AutoModelForCausalLM", self.path, **kwargs)
         if self.adapter:
             from peft import PeftModel
 
@@ -148,7 +148,8 @@ def default_device() -> str:
     return str(PartialState(cpu=not torch.cuda.is_available()).device)
 
 
-def _from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
+def from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
+    """What transformers' auto class `kind` reads at `path`. Errors: `UsageError` when it cannot."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
