@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_ensemble, cli_models, cli_push, cli_refine
+from llmselect import cli_benchmark, cli_ensemble, cli_models, cli_push, cli_refine
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
@@ -181,6 +181,7 @@ def show(name: Annotated[str, typer.Argument(help="a selector, an extractor or a
 
 
 cli_models.add_to(app)
+cli_benchmark.add_to(app)
 cli_ensemble.add_to(app)
 cli_push.add_to(app)
 cli_refine.add_to(app)

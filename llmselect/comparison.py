@@ -103,7 +103,7 @@ def evaluate_stage(run: Run) -> list[Row]:
     losses: dict[str, list[dict[str, np.ndarray]]] = {}
     with run.timed("evaluate"):
         for method, seed in [(BASE, None), *((m, s) for m in arms(run) for s in run.recipe.seeds)]:
-            losses.setdefault(method, []).append(_measure(run, method, seed))
+            losses.setdefault(method, []).append(measure(run, method, seed))
     table = [_row(run, method, cells, losses) for method, cells in losses.items()]
     if run.process.is_main_process:
         atomic.write_json(run.folder / "results.json", {"rows": [asdict(row) for row in table], "seeds": run.recipe.seeds})
@@ -111,7 +111,8 @@ def evaluate_stage(run: Run) -> list[Row]:
     return table
 
 
-def _measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
+def measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
+    """Held-out loss of every test row of one arm, task → `[rows]`, kept in the run; the base model has no seed."""
     model = run.recipe.model
     adapter = None if seed is None else run.folder / "adapters" / method / f"seed-{seed}"
     made = json.loads((adapter / "train.json").read_text())["key"] if adapter else None

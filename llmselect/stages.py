@@ -8,8 +8,7 @@ A run folder explains and repeats itself::
     clusters/                   those that methods take as groups
     selections/<method>/seed-<s>/
     adapters/<method>/seed-<s>/
-    evaluation/<method>/seed-<s>.json
-    results.json  results.md  timings.json
+    evaluation/<method>/seed-<s>.json  results.json  results.md  timings.json
 
 Every stage skips what is complete, so running again continues.
 """
@@ -246,6 +245,8 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str
         found["target"] = run.store[f"{feature}@target{dot}{array}"]
     if "target_groups" in wanted:
         found["target_groups"] = np.asarray(run.target["group"])
+    if "target_cost" in wanted:
+        found["target_cost"] = np.asarray(run.store[f"{TOKENS}@target.supervised"])
     return found
 
 

@@ -49,10 +49,11 @@ LEVELS = (
         "hub",
         "compare",
         "comparison",
+        "benchmark",
         "estimate",
         "preflight",
     },
-    {"cli", "cli_ensemble", "cli_models", "cli_push", "cli_refine", "__main__"},
+    {"cli", "cli_benchmark", "cli_ensemble", "cli_models", "cli_push", "cli_refine", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}

@@ -24,7 +24,7 @@ from llmselect.selectors._base import Selector, inputs_of
 N, D, K = 60, 16, 20
 TASKS = ["b", "a", "b", "c", "a", "d"]
 IDS = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(N)]
-FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups")
+FLOATS, OF_TARGET = ("x", "target", "quality"), ("target", "target_groups", "target_cost")
 
 
 def make(name: str, ndim: int, tied: bool, sign: str = "any", scores: int = 1) -> np.ndarray:
@@ -40,6 +40,7 @@ def make(name: str, ndim: int, tied: bool, sign: str = "any", scores: int = 1) -
     return {
         "target": lambda: real(len(TASKS), D),
         "target_groups": lambda: np.array(TASKS),
+        "target_cost": lambda: rng.integers(1, 4 if tied else 500, len(TASKS)),
         "quality": lambda: real(N) if scores == 1 else real(N, scores),
         "groups": lambda: np.array(list("aaaabbbccd"))[rng.integers(0, 10, N)],
         "cost": lambda: rng.integers(1, 4 if tied else 500, N),
@@ -88,8 +89,7 @@ def variants(cls: type) -> list[Selector]:
 
 def few(choices: list[tuple]) -> list[tuple]:
     """All combinations when they are at most eight; else enough that every value is met, refused ones being spare."""
-    every = list(itertools.product(*choices))
-    if len(every) <= 8:
+    if len(every := list(itertools.product(*choices))) <= 8:
         return every
     alone = [tuple(v if j == i else c[0] for j, c in enumerate(choices)) for i, one in enumerate(choices) for v in one]
     return list(dict.fromkeys([*alone, *every[:: max(1, len(every) // 4)]]))

@@ -20,11 +20,12 @@ VOCABULARY = {
     "x": "[n, d] or [n] pool features",
     "target": "[m, d] target features",
     "target_groups": "[m] task of each target row",
+    "target_cost": "[m] supervised tokens of the target rows",
     "quality": "[n] scores, or [n, S] where a method says so",
     "groups": "[n] source or cluster",
     "cost": "[n] supervised tokens",
 }
-OF_TARGET = ("target", "target_groups")
+OF_TARGET = ("target", "target_groups", "target_cost")
 log = logging.getLogger("llmselect")
 
 
@@ -155,14 +156,15 @@ class Selector:
             raise UsageError(
                 f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes"
             )
-        if target is not None and not target.shape[0]:
-            raise UsageError("target has no rows: give at least one example to select for")
+        for name in ("target", "target_cost"):
+            if name in kept and not kept[name].shape[0]:
+                raise UsageError(f"{name} has no rows: give at least one example to select for")
         if x is not None and target is not None and tuple(x.shape[1:]) != tuple(target.shape[1:]):
             raise UsageError(f"x {tuple(x.shape)} and target {tuple(target.shape)} must have the same number of columns")
         return kept
 
     def _rows(self, n: int | None, ids: Any, cost: Any, inputs: dict[str, Any]) -> int:
-        per_row = {k: v for k, v in inputs.items() if k not in ("target", "target_groups")}
+        per_row = {k: v for k, v in inputs.items() if k not in OF_TARGET}
         lengths = {name: len(v) if not hasattr(v, "shape") else v.shape[0] for name, v in per_row.items()}
         lengths |= {name: len(v) for name, v in (("ids", ids), ("cost", cost)) if v is not None}
         lengths |= {"n": n} if n is not None else {}
@@ -173,9 +175,9 @@ class Selector:
         rows = next(iter(lengths.values()))
         if rows == 0:
             raise LlmselectError("the pool is empty")
-        groups = inputs.get("target_groups")
-        if groups is not None and len(groups) != inputs["target"].shape[0]:
-            raise UsageError(f"target_groups has {len(groups)} entries for {inputs['target'].shape[0]} target rows")
+        of_target = {name: inputs[name].shape[0] for name in OF_TARGET if name in inputs}
+        if len(set(of_target.values())) > 1:
+            raise UsageError(f"inputs disagree on the number of target rows: {of_target}")
         return rows
 
 

@@ -1,0 +1,208 @@
+"""Running a grid: features once per model and target set, then cell after cell, on as many processes as there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmselect import atomic, config
+from llmselect.benchmark import costs
+from llmselect.benchmark.claims import claim
+from llmselect.benchmark.grid import BASE, FULL, Cell, Plan, needs
+from llmselect.benchmark.results import Result, load
+from llmselect.errors import LlmselectError
+from llmselect.stages import TOKENS, Run
+
+log = logging.getLogger("llmselect")
+COSTS = "costs.json"
+WAIT = 2.0  # seconds until claims of other processes are looked at again
+
+
+@dataclass
+class Tally:
+    """What one process did: cells run, and cells that failed with their errors."""
+
+    ran: list[Cell] = field(default_factory=list)
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+
+def missing(plan: Plan, only: Mapping[str, set[str]] | None = None) -> list[Cell]:
+    """The cells without a file.
+
+    Errors: `LlmselectError` when a file was made with other settings.
+    """
+    found = []
+    for cell in plan.cells(only):
+        path = plan.results / cell.path
+        if not path.exists():
+            found.append(cell)
+        elif lines := config.difference(dict(load(path).key), json.loads(json.dumps(plan.key(cell)))):
+            raise LlmselectError(f"{path} was measured with other settings:\n  " + "\n  ".join(lines)
+                                 + "\nDelete it, or give the grid another name.")  # fmt: skip
+    return found
+
+
+def run_grid(plan: Plan, only: Mapping[str, set[str]] | None = None, *, wait: float = WAIT) -> Tally:
+    """Run every missing cell that no other process holds, until none is left; a cell that fails does not stop the others.
+
+    Returns what this process did. It ends when all cells are done, so it may wait for those of other processes.
+    """
+    tally, ready = Tally(), set()
+    needed: dict[tuple[str, str], list[str]] = {}
+    for cell in plan.cells(only):
+        known = needed.setdefault((cell.model, cell.target), [])
+        known += [name for name in plan.reads(cell.method) if name not in known]
+    while todo := [cell for cell in missing(plan, only) if cell not in tally.failed]:
+        before = len(tally.ran) + len(tally.failed)
+        for cell in todo:
+            try:
+                _attempt(plan, cell, needed[cell.model, cell.target], ready, tally)
+            except LlmselectError as error:
+                tally.failed[cell] = str(error)
+                log.error("%s: %s", cell, error)
+        if len(tally.ran) + len(tally.failed) == before:
+            time.sleep(wait)
+    return tally
+
+
+def _attempt(plan: Plan, cell: Cell, features: Sequence[str], ready: set[tuple[str, str]], tally: Tally) -> None:
+    path, group = plan.results / cell.path, (cell.model, cell.target)
+    with claim(plan.folder / "claims" / cell.path) as mine:
+        if not mine or path.exists():
+            return
+        if group not in ready:
+            with claim(_group_claim(plan, cell)) as alone:
+                if not alone:
+                    return
+                extract_group(plan, *group, features)
+            ready.add(group)
+        # Rows of a lazy feature are numbered by request: only one process may make requests.
+        if any(plan.recipe(*group).lazy(name) for name in plan.reads(cell.method)):
+            with claim(_group_claim(plan, cell)) as alone:
+                made = run_cell(plan, cell) if alone else None
+        else:
+            made = run_cell(plan, cell)
+        if made is None:
+            return
+        made.save(path)
+        tally.ran.append(cell)
+        log.info("%s: NLL %.4f, %.1f s", cell, made.nll, sum(v for k, v in made.seconds.items() if k != "features"))
+        if not plan.grid.keep and cell.method != BASE:
+            run = plan.folder / cell.model / cell.target
+            shutil.rmtree(run / "adapters" / cell.arm / f"seed-{cell.seed}", ignore_errors=True)
+            (run / "evaluation" / cell.arm / f"seed-{cell.seed}.json").unlink(missing_ok=True)
+
+
+def _group_claim(plan: Plan, cell: Cell) -> Path:
+    return plan.folder / "claims" / cell.model / f"{cell.target}.features"
+
+
+def extract_group(plan: Plan, model: str, target: str, features: Sequence[str]) -> Run:
+    """Pool, targets and `features` of a model and target set, with the warm-up and SAE that they need, each feature by
+    itself so that its seconds are its own; `costs.json` has seconds and forward-equivalents by feature."""
+    from llmselect.prepare import prepare, semantic_duplicates
+    from llmselect.stages import extract_stage
+
+    run = _with_features(plan, model, target, features)
+    file = run.folder / COSTS
+    prepare(run)
+    known = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "forwards": {}}
+    extract_stage(Run(replace(run.recipe, features={})))
+    timings = json.loads((run.folder / "timings.json").read_text())
+    for section, count in (("warmup", costs.warmup_forwards), ("sae", costs.sae_forwards)):
+        if section in timings and getattr(run.recipe, section) and f"{section}:" not in known["seconds"]:
+            known["seconds"][f"{section}:"], known["forwards"][f"{section}:"] = timings[section], round(count(run), 4)
+    for name, options in run.recipe.features.items():
+        if name not in known["seconds"] and not run.recipe.lazy(name):
+            stored = run.store.open(name) if name in run.store else None
+            share = len(stored.missing()) / stored.shards if stored else 1.0
+            start = time.monotonic()
+            extract_stage(Run(replace(run.recipe, features={name: options})))
+            # What a killed process had done is counted at the speed of the rest.
+            known["seconds"][name] = round((time.monotonic() - start) / (share or 1.0), 3)
+        known["forwards"][name] = round(costs.forwards(run, name), 4)
+        atomic.write_json(file, known)
+    atomic.write_json(file, known)
+    extract_stage(run)  # finds all features as they are, and writes the quarantine of all of them
+    semantic_duplicates(run)
+    return run
+
+
+def _with_features(plan: Plan, model: str, target: str, features: Sequence[str]) -> Run:
+    """The run of a group with the features asked for and those that it has already."""
+    recipe = plan.recipe(model, target)
+    wanted = {name for name in (recipe.dedup.x, recipe.dedup.quality) if name} if recipe.dedup else set()
+    wanted = {*features, *(name.partition(".")[0] for name in wanted), *Run(recipe).store.names()}
+    kept = {name: options for name, options in recipe.features.items() if name in wanted}
+    needed = {section: any(needs(options, section) for options in kept.values()) for section in ("warmup", "sae")}
+    return Run(replace(recipe, features=kept, warmup=recipe.warmup if needed["warmup"] else None,
+                       sae=recipe.sae if needed["sae"] else None))  # fmt: skip
+
+
+def one_arm(plan: Plan, cell: Cell) -> Run:
+    """The run of the cell's model and target set, with its method, budget and seed alone."""
+    recipe = plan.recipe(cell.model, cell.target)
+    methods = {cell.arm: recipe.methods[cell.arm]} if cell.method not in (BASE, FULL) else {}
+    return Run(replace(recipe, methods=methods, seeds=[cell.seed], full=cell.method == FULL))
+
+
+def run_cell(plan: Plan, cell: Cell) -> Result:
+    """Select, train and measure one cell; what an earlier process had finished of it is used."""
+    from llmselect.comparison import chosen, measure, train_stage
+
+    run, rows, tokens = one_arm(plan, cell), 0, 0
+    seconds = {"features": 0.0, "select": 0.0, "train": 0.0, "evaluate": 0.0}
+    forwards = 0.0
+    if cell.method not in (BASE, FULL):
+        seconds["select"] = _select(run, cell)
+        seconds["features"], forwards = _cost(plan, cell, run)
+    if cell.method != BASE:
+        train_stage(run)
+        seconds["train"] = _trained(run, cell)["seconds"]
+        cost = np.asarray(run.store[f"{TOKENS}.supervised"])
+        selection = chosen(run, cell.arm, cell.seed)[1]
+        rows, tokens = (len(cost), cost.sum()) if selection is None else (len(selection), cost[selection.indices].sum())
+    start = time.monotonic()
+    losses = measure(run, cell.arm, None if cell.method == BASE else cell.seed)
+    seconds["evaluate"] = time.monotonic() - start
+    tests = {name: config.fingerprint(list(data["id"]))[:16] for name, data in run.tests.items()}
+    return Result(plan.grid.name, cell.model, cell.target, cell.method, cell.budget, cell.seed, int(rows), int(tokens),
+                  {k: round(float(v), 3) for k, v in seconds.items()}, round(forwards, 4), tests, losses,
+                  plan.key(cell))  # fmt: skip
+
+
+def _select(run: Run, cell: Cell) -> float:
+    """Select, and the seconds that it took, now or in an earlier process."""
+    from llmselect.stages import select_stage
+
+    kept = run.folder / "selections" / cell.arm / f"seed-{cell.seed}"
+    done, start = (kept / "selection.json").exists(), time.monotonic()
+    select_stage(run)
+    took = time.monotonic() - start
+    timings = run.folder / "selections" / "seconds.json"
+    # Processes that share a run write this file in turn, and an entry may be lost: the clock here is nearly the same.
+    known = json.loads(timings.read_text()) if timings.exists() else {}
+    return known.get(f"{cell.arm}/seed-{cell.seed}", 0.0 if done else took)
+
+
+def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
+    """Seconds and forward-equivalents of the features that a method reads, with the warm-up and SAE they need."""
+    known = json.loads((run.folder / COSTS).read_text())
+    names = plan.reads(cell.method)
+    for section in ("warmup", "sae"):
+        names += [f"{section}:"] if any(needs(plan.grid.features[n], section) for n in names if n[-1] != ":") else []
+    share = {name: run.array(name).computed / len(run.pool) for name in names if name[-1] != ":" and run.recipe.lazy(name)}
+    return (sum(known["seconds"].get(name, 0.0) for name in names),
+            sum(known["forwards"].get(name, 0.0) * share.get(name, 1.0) for name in names))  # fmt: skip
+
+
+def _trained(run: Run, cell: Cell) -> dict[str, Any]:
+    return json.loads((run.folder / "adapters" / cell.arm / f"seed-{cell.seed}" / "train.json").read_text())["result"]
