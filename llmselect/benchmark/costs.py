@@ -13,6 +13,7 @@ import numpy as np
 from llmselect.stages import TOKENS, Run
 
 DERIVATIVE = 3.0
+FORWARD_ONLY = {"trajectory", "color"}  # a pass of their own because they change the model, without derivatives
 
 
 def forwards(run: Run, feature: str) -> float:
@@ -24,8 +25,10 @@ def forwards(run: Run, feature: str) -> float:
     if made.name == "tokens":
         return 0.0
     if getattr(made, "checkpoints", None) and warmup and getattr(made, "use", "all") == "all":
-        once *= max(1, warmup.train.checkpoints)
-    return once * (DERIVATIVE if made.alone else 1.0)
+        once *= max(1, warmup.train.checkpoints) + (made.name == "trajectory" and made.base)
+    if made.name == "color":  # with and without the target
+        once *= 2
+    return once * (DERIVATIVE if made.alone and made.name not in FORWARD_ONLY else 1.0)
 
 
 def warmup_forwards(run: Run) -> float:
