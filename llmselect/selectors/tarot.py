@@ -9,6 +9,7 @@ Cost: covariance and whitening O(n·d²), one GEMM n × m × d, in blocks; O(m·
 Deviations: the ridge is relative, ε·tr(Σ)/d; every layer is ranked, not only the last, so that prefixes are smaller
     budgets. Features wider than `dim` are folded first (a sketch, E⟨Sx, Sy⟩ = ⟨x, y⟩): Σ is dim × dim.
     Weights softmax(-f/τ sd(f)) of the potential of the whole selection are our choice: the paper leaves the map open.
+    Where columns are not far fewer than rows, whitening weighs noise like signal (eval/results/tarot): take `whiten: none`.
 Defaults: groups of targets take turns; Sinkhorn with ε = 0.05 of the mean cost; no weights.
 """
 
