@@ -110,6 +110,7 @@ def test_a_killed_grid_continues_to_the_same_numbers(finished, tmp_path, tiny_mo
     assert losses(plan.results) == losses(finished[0].results)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_grid(finished, tmp_path, tiny_model):
     plan = load_grid(grid(tmp_path, tiny_model))
     both = [start(plan.home / "out.yaml") for _ in range(2)]

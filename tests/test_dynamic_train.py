@@ -287,6 +287,7 @@ told = [made.epoch_callback.history, made.epoch_callback.epochs.losses]
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_schedule(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)), "utf-8")

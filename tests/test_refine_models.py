@@ -218,6 +218,7 @@ def test_a_recipe_from_pool_to_table_with_scores_by_hand(tmp_path, model):
     assert report_text(told).startswith("seed-0: 20 rows, 3 clusters\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_run_of_real_models_ends_with_the_same_bytes(tmp_path, model):
     judge = save_judge(tmp_path / "judge")
@@ -238,6 +239,7 @@ def test_a_killed_run_of_real_models_ends_with_the_same_bytes(tmp_path, model):
     assert len(calm) > 8 and hurt == calm
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_take_part(tmp_path, model):
     recipe = plan_of(tmp_path, model, refine={"rounds": 2})
