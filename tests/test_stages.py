@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +162,26 @@ def test_a_lazy_feature_is_computed_for_the_rows_that_quad_scores(tmp_path, tiny
         asked += made["quad"].provenance["report"]["scored"]
     assert run.array("inf").computed <= min(asked, len(run.pool))
     select_stage(Run(run.recipe))  # finds the selections as they are
+
+
+@pytest.mark.slow
+def test_two_processes_compute_the_same_lazy_rows(tmp_path, tiny_model):
+    more = {
+        "features": {"emb": {"extractor": "embedding"}, "inf": {"extractor": "influence", "fisher_rows": 8, "lazy": True}},
+        "methods": {"quad": {"selector": "quad", "x": "emb", "quality": "inf", "clusters": 3, "least": 4}},
+        "budget": 5,
+    }
+    recipe_of(tmp_path, tiny_model, tiny.chats(60), **more)
+    files = {}
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
+        out = tmp_path / str(count)
+        command = [sys.executable, *launch, "-m", "llmselect", "select", str(tmp_path / "recipe.yaml"), f"out={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        places = [*(out / "features" / "lazy" / "inf").iterdir(), *(out / "selections" / "quad" / "seed-0").iterdir()]
+        files[count] = {f.name: f.read_bytes() for f in places}
+    assert files[1] == files[2] and len(files[1]) > 6
 
 
 @pytest.mark.parametrize(
