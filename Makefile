@@ -2,6 +2,7 @@
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
+JOBS ?= 2
 
 .PHONY: quickstart test lint install clean
 
@@ -9,7 +10,7 @@ quickstart: install  ## the whole loop on a tiny model: extract, select, train, 
 	$(BIN)/llmselect run recipes/quickstart/recipe.yaml
 
 test: install  ## every test that takes seconds, on two cores
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow and not gpu"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 lint: install  ## ruff and pyright, no exclude list
 	$(BIN)/ruff check .
