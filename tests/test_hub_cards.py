@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +98,8 @@ def test_hostile_sources_leave_the_card_whole_and_no_folder_of_ours_leaks(hub_ru
             assert not [
                 bad for bad in (str(hub_run.folder.parent), "/home/ann", hub_run.recipe.model.path, TOKEN) if bad in text
             ], name
-            assert "/tmp/" not in text and "/work/" not in text, name
+            here = {f"/{Path(place).resolve().parts[1]}/" for place in (hub_run.folder, __file__)}
+            assert not [place for place in here if place in text], name  # whatever this machine calls its top folders
     text = server.repos["dataset", "me/subset"].tree()["README.md"].decode()
     head = front(text)
     assert (head["license"], head["license_name"]) == ("other", "mixed") and "language" not in head

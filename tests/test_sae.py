@@ -258,7 +258,7 @@ def test_ablation_metrics_equal_sklearn(pool):
 def test_dense_selectors_refuse_sparse_features_and_negative_values_are_named(folder, pool, target, trained, tmp_path):
     store = FeatureStore(tmp_path)
     extract(pool, store, {"z": E.Sae(model=folder, sae=str(trained[0]))}, target=target)
-    with pytest.raises(UsageError, match="'mona' reads sparse"):
+    with pytest.raises(UsageError, match="x is sparse; give a dense one"):
         selectors.Similarity().select(3, x=store["z"], target=store["z@target"])
     with pytest.raises(LlmselectError, match=r"1 rows are negative.*\[4\]"):
         selectors.Mona().select(2, x=np.where(np.arange(8)[:, None] == 4, -1.0, 1.0) * np.ones((8, 3)), target=np.ones((1, 3)))

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-BLOCK = 8192
+from synthetic import write_directions
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def main() -> None:
 
     table: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "x.npy", max(a.rows), a.dim)
+        write_directions(Path(folder) / "x.npy", max(a.rows), a.dim, 500, np.random.default_rng(0))
         floor = {n: run(folder, "", n, a)["peak_mb"] for n in a.rows}
         for name in a.only or selectors.names():
             table[name] = grow(folder, name, floor, a)
@@ -117,16 +116,6 @@ def sparse(n: int, rng: np.random.Generator, width: int = 4096, nonzero: int = 6
     made = csr_array((rng.random(n * nonzero, np.float32), columns, np.arange(n + 1) * nonzero), shape=(n, width))
     made.sum_duplicates()
     return made
-
-
-def write(path: Path, rows: int, dim: int) -> None:
-    rng = np.random.default_rng(0)
-    directions = rng.standard_normal((500, dim)).astype(np.float32)
-    x = np.lib.format.open_memmap(path, "w+", np.float16, (rows, dim))
-    for start in range(0, rows, BLOCK):
-        size = min(BLOCK, rows - start)
-        x[start : start + size] = directions[rng.integers(0, 500, size)] + rng.standard_normal((size, dim), np.float32)
-    x.flush()
 
 
 def plot(table: dict[str, dict[str, Any]], path: Path) -> None:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from synthetic import write_directions
 
 from llmselect.kernels.cosine import BLOCK, unit
 from llmselect.kernels.transport import exact
@@ -45,12 +46,7 @@ def main() -> None:
 def features(path: Path, rows: int, dim: int, targets: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows around 200 directions, on disk; targets around ten of them."""
     rng = np.random.default_rng(0)
-    directions = rng.standard_normal((200, dim)).astype(np.float32)
-    x = np.lib.format.open_memmap(path, "w+", np.float16, (rows, dim))
-    for start in range(0, rows, BLOCK):
-        size = min(BLOCK, rows - start)
-        x[start : start + size] = directions[rng.integers(0, 200, size)] + rng.standard_normal((size, dim), np.float32)
-    x.flush()
+    directions = write_directions(path, rows, dim, 200, rng)
     return np.load(path, mmap_mode="r"), directions[rng.integers(0, 10, targets)] + rng.standard_normal((targets, dim))
 
 

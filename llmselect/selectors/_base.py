@@ -151,7 +151,7 @@ class Selector:
             allowed = " or ".join(map(str, self.quality_ndim))
             raise UsageError(f"quality has shape {tuple(quality.shape)}; '{self.name}' reads {allowed} axes")
         if (hasattr(x, "width") or hasattr(x, "indptr")) and not self.sparse:
-            raise UsageError(f"'{self.name}' reads dense features and x is sparse; 'mona' reads sparse ones")
+            raise UsageError(f"'{self.name}' reads dense features and x is sparse; give a dense one, e.g. an embedding")
         if x is not None and len(x.shape) not in self.x_ndim:
             raise UsageError(
                 f"'{self.name}': x has shape {tuple(x.shape)}; it must have {' or '.join(map(str, self.x_ndim))} axes"
