@@ -27,7 +27,7 @@ from llmselect.cli_help import MODELS, RESULTS, RUN, Commands, examples
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
-    # No rich: without it help is there in a third of the time, and its command lines can be copied.
+    # No rich: without it help is there in less than half the time, and its command lines can be copied.
     cls=Commands, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Choose the instruction data that a language model should be fine-tuned on.\n\n"

@@ -44,6 +44,29 @@ class Table:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [list(self.columns), *lines])
 
 
+@dataclass(frozen=True)
+class Heat:
+    """Texts whose pieces are marked by scores in [0, 1]: for each text its `[piece, score]`, the score None for the rest."""
+
+    texts: Sequence[Sequence[Sequence[Any]]]
+
+    def _repr_html_(self) -> str:
+        lines = ("".join(map(_marked, one)) for one in self.texts)
+        return "<div>" + "".join(f"<p style='white-space:pre-wrap'>{line}</p>" for line in lines) + "</div>"
+
+    def __repr__(self) -> str:
+        marked = lambda text, score: text if score is None else f"[{text}]{score:.2f}"  # noqa: E731
+        return "\n".join("".join(marked(*piece) for piece in one) for one in self.texts)
+
+
+def _marked(piece: Sequence[Any]) -> str:
+    text, score = piece
+    if score is None:
+        return escape(text)
+    shade = min(1.0, max(0.0, float(score))) * 0.7
+    return f"<mark style='background:rgba(255,150,0,{shade:.2f});color:inherit' title='{float(score):.3f}'>{escape(text)}</mark>"
+
+
 def rows_table(selection: Selection, pool: Any, rows: int = 5, start: int = 0) -> Table:
     """The texts of the rows at ranks `start` to `start + rows` of a selection, with scores and evidence of one number each.
 

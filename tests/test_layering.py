@@ -53,6 +53,7 @@ LEVELS = (
         "estimate",
         "preflight",
         "doctor",
+        "heat",
         "speed",
     },
     {"cli", "cli_benchmark", "cli_complete", "cli_doctor", "cli_ensemble", "cli_extension", "cli_help"}

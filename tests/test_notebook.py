@@ -9,7 +9,7 @@ import pytest
 
 from llmselect.engine import progress
 from llmselect.errors import LlmselectError, MissingExtra, UsageError
-from llmselect.notebook import Table
+from llmselect.notebook import Heat, Table
 from llmselect.plots import overlap
 from llmselect.selection import Selection
 from llmselect.store import FeatureStore
@@ -150,3 +150,15 @@ def test_progress_in_a_notebook_is_one_output_written_anew(monkeypatch):
     assert "49%, 5 s left" in shown[1 + values[1:].index(0.486)]["text/html"], "10 ms a step: 514 are left"
     assert shown[-1]["text/plain"] == f"<b>{SCRIPT}: 2,000 in 10 s" and tags(shown[-1]["text/html"]) == {"small"}
     assert all(SCRIPT not in data["text/html"] for data in shown)
+
+
+def test_marked_text_is_escaped_and_shaded_by_score():
+    heat = Heat([[["a <b>", None], [SCRIPT, 0.5], ["z", -1.0]], [["two", 2.0]]])
+    html = heat._repr_html_()
+    assert tags(html) == {"div", "p", "mark"} and "a &lt;b&gt;<mark" in html
+    assert re.findall(r"rgba\(255,150,0,([\d.]+)\).*?title='([-\d.]+)'", html) == [
+        ("0.35", "0.500"),
+        ("0.00", "-1.000"),
+        ("0.70", "2.000"),
+    ]
+    assert repr(heat) == f"a <b>[{SCRIPT}]0.50[z]-1.00\n[two]2.00"

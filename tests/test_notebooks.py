@@ -17,6 +17,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all three notebooks; busy machines exist
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes/notebooks"
@@ -28,8 +29,8 @@ PROBES = {
     "small=small.indices.tolist(), between=float(np.mean(between)), "
     "shown=[t.get_text() for t in plots.overlap(selections).texts])",
     "explain-a-selection": "dict(rds=rds.indices.tolist(), query=rds.evidence['query'].tolist(), asked=asked, "
-    "trim=trim.indices.tolist(), scores=trim.scores.tolist(), left=[int(i) for i in left], loaded=loaded.overlap(rds), "
-    "loss={n: float(loss[source == n].mean()) for n in names})",
+    "trim=trim.indices.tolist(), scores=trim.scores.tolist(), left=[int(i) for i in left], heat=heat.texts, "
+    "loaded=loaded.overlap(rds), loss={n: float(loss[source == n].mean()) for n in names})",
 }
 
 
@@ -147,6 +148,10 @@ def test_explaining_names_the_example_the_tokens_and_the_losers(ran, rows):
     assert found["asked"] == [questions[q] for q in found["query"][:6]] and found["query"][:12] == list(range(12)), "turns"
     best = sorted(range(300), key=lambda i: -found["scores"][i])
     assert set(found["trim"]) == set(best[:30]) and found["left"] == best[30:]
+    for marked, row in zip(found["heat"], found["trim"], strict=False):
+        answer, text = rows[row]["messages"][-1]["content"], "".join(piece for piece, _ in marked)
+        assert all(piece.strip() in answer for piece, score in marked if score is not None), "only answers are scored"
+        assert 1 <= sum(score is not None for _, score in marked) <= 4 and answer[-30:] in text
     table = next(html for html in outputs(cells) if "picked by trim" in html)
     for name in ("convert", "word_math", "noisy_math"):
         numbers = [count(rows, one, name) for one in (range(300), found["rds"], found["trim"])]
