@@ -33,17 +33,17 @@ def token_heat(store: FeatureStore, feature: str, pool: Dataset, rows: Sequence[
 
     Errors: `UsageError` for a feature that keeps no tokens, and for the rows of another pool.
     """
-    from llmselect.engine.backbone import Backbone
-
-    opened, rows = store.open(feature), np.asarray(rows, np.int64)
+    opened, chosen = store.open(feature), np.asarray(rows, np.int64)
     if not all(name in opened.spec["arrays"] for name in TOPS):
         raise UsageError(f"'{feature}' keeps no tokens of its rows; a feature of the extractor trim does")
     if len(pool) != opened.n:
         raise UsageError(f"pool: {len(pool)} rows given; '{feature}' is of {opened.n}")
-    tops = {name: np.asarray(store[f"{feature}.{name}"][rows])[:, group] for name in TOPS}
+    from llmselect.engine.backbone import Backbone
+
+    tops = {name: np.asarray(store[f"{feature}.{name}"][chosen])[:, group] for name in TOPS}
     encoder = Backbone(model, max_length=max_length).encoder
-    encoded = encoder.encode([pool[int(row)]["messages"] for row in rows])
-    return Heat([parts({name: of[i] for name, of in tops.items()}, encoded[i].ids, encoder, around) for i in range(len(rows))])
+    encoded = encoder.encode([pool[int(row)]["messages"] for row in chosen])
+    return Heat([parts({name: of[i] for name, of in tops.items()}, encoded[i].ids, encoder, around) for i in range(len(chosen))])
 
 
 def parts(top: dict[str, np.ndarray], ids: np.ndarray | None, encoder: Any, around: int = AROUND) -> list[list[Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from llmselect.engine import progress
 from llmselect.errors import LlmselectError, MissingExtra, UsageError
+from llmselect.heat import TOPS, token_heat
 from llmselect.notebook import Heat, Table
 from llmselect.plots import overlap
 from llmselect.selection import Selection
@@ -162,3 +163,14 @@ def test_marked_text_is_escaped_and_shaded_by_score():
         ("0.70", "2.000"),
     ]
     assert repr(heat) == f"a <b>[{SCRIPT}]0.50[z]-1.00\n[two]2.00"
+
+
+def test_token_heat_refuses_what_holds_no_tokens(tmp_path):
+    store, pool = FeatureStore(tmp_path), [{"messages": []}] * 2
+    store.create("emb", {"arrays": {"value": ["float16", [4]]}, "extractor": "embedding", "shard_rows": 2}, ["a", "b"])
+    with pytest.raises(UsageError, match="'emb' keeps no tokens of its rows; a feature of the extractor trim does"):
+        token_heat(store, "emb", pool, [0], "nowhere")
+    tops = {"arrays": {name: ["int32", [1, 4]] for name in TOPS}, "extractor": "trim", "shard_rows": 2}
+    store.create("trim", tops, ["a", "b", "c"])
+    with pytest.raises(UsageError, match="pool: 2 rows given; 'trim' is of 3"):
+        token_heat(store, "trim", pool, [0], "nowhere")
