@@ -207,7 +207,6 @@ class Recipe:
                 raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
                                  f"give features.{feature} lazy: false")  # fmt: skip
 
-
     def _check_dedup(self) -> None:
         if self.dedup is None:
             return
