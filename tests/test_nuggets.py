@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 import rows
 import torch
+from test_stages import recipe_of
 
 import tiny
 from llmselect import extractors as E
 from llmselect import selectors as S
+from llmselect.benchmark.costs import forwards
 from llmselect.engine import one_shot
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.extraction import extract
 from llmselect.engine.passes import Pass, fit
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.estimate import estimate
 from llmselect.pool import load_pool
+from llmselect.prepare import prepare
+from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.store import FeatureStore
 
 
@@ -133,6 +138,23 @@ def test_a_cache_that_is_not_the_rows_own_is_refused(tiny_model, monkeypatch):
     with pytest.raises(LlmselectError, match="give share: false"):
         computed(str(tiny_model), rows.pool(2), rows.target(3, ("a",)))
     computed(str(tiny_model), rows.pool(2), rows.target(3, ("a",)), share=False)
+
+
+def test_a_dry_run_measures_it_on_few_rows_and_the_benchmark_counts_its_passes(tmp_path, tiny_model, monkeypatch):
+    seen = []
+    whole = E.Nuggets.rows
+    monkeypatch.setattr(E.Nuggets, "rows", lambda self, batch, state: seen.append(len(batch.ids)) or whole(self, batch, state))
+    features = {"n": {"extractor": "nuggets", "anchors": 3}, "loss": {"extractor": "loss"}}
+    methods = {"n": {"selector": "topk", "x": "n"}, "high": {"selector": "topk", "x": "loss.nll"}}
+    run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(60), features=features, methods=methods))
+    told = estimate(run.recipe)
+    assert sum(seen) == 16 and told["extract_minutes"] >= told["costly_minutes"]["n"]
+    assert told["feature_bytes"] > told["usable_rows"] * (2 * 2 * 4 + 7 * 4)
+    for stage in (prepare, extract_stage, select_stage):
+        stage(run)
+    tokens, theirs = (np.asarray(run.store[name]) for name in ("tokens.total", "tokens@target.total"))
+    assert forwards(run, "n") == pytest.approx(1 + 6 * theirs.reshape(2, 4).mean() / tokens.mean())
+    assert sum(seen) == 16 + len(run.pool) + 8
 
 
 def test_mistakes_are_named(tiny_model, tmp_path):

@@ -62,10 +62,9 @@ def markdown(table: dict[str, dict[str, Any]], rows: list[int]) -> list[str]:
     ]
     for name, one in table.items():
         took, held = one.get("seconds", {}), list(one.get("extra_mb", {}).values())
-        cells = [f"{took[str(n)]:.2f}" if str(n) in took else "" for n in sorted(rows)]
-        lines.append(
-            f"| `{name}` | {' | '.join(cells)} | {one.get('slope', '')} | {f'{held[-1]:,.0f}' if held else one.get('error', '')} |"
-        )
+        seconds = [f"{took[str(n)]:.2f}" if str(n) in took else "" for n in sorted(rows)]
+        memory = f"{held[-1]:,.0f}" if held else one["error"]
+        lines.append(f"| `{name}` | {' | '.join(seconds)} | {one.get('slope', '')} | {memory} |")
     return lines
 
 
