@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, UsageError
 
 if TYPE_CHECKING:
     from llmselect.store import Feature
@@ -229,6 +229,46 @@ class SparseArray(Stored):
             part = self._csr(shard)
             found |= {int(at): part.row(int(row)) for at, row in zip(here, inside, strict=True)}
         return Csr.of_rows([found[i] for i in range(len(found))], self.width, self.dtype).scipy()
+
+
+class Columns:
+    """Dense arrays with the same rows, their columns side by side: `[n, Σ d]`, read when asked for.
+
+    Errors: `UsageError` for sparse arrays and arrays computed on demand.
+    """
+
+    ndim, dtype = 2, np.dtype(np.float32)
+
+    def __init__(self, arrays: Sequence[Any]):
+        for one in arrays:
+            if isinstance(one, SparseArray) or hasattr(one, "lazy"):
+                raise UsageError(f"{one!r} cannot stand beside other features; give dense ones that are computed for all rows")
+        self.arrays, self.ids = list(arrays), arrays[0].ids
+        self.shape = len(arrays[0]), sum(int(np.prod(one.shape[1:])) for one in arrays)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the features were made from."""
+        return {"columns": [one.spec for one in self.arrays]}
+
+    @cached_property
+    def non_finite(self) -> np.ndarray:
+        """Rows that are not finite in one of the features."""
+        return np.unique(np.concatenate([one.non_finite for one in self.arrays]))
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, tuple):
+            return self[rows[0]][(slice(None), *rows[1:])]
+        if isinstance(rows, int | np.integer):
+            return self[np.array([rows])][0]
+        parts = [np.asarray(one[rows], np.float32) for one in self.arrays]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
 
 
 class Subset:

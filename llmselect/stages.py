@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
+from llmselect.arrays import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside
-from llmselect.recipe import Recipe
+from llmselect.recipe import Recipe, features_in
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import inputs_of
 from llmselect.store import FeatureStore
@@ -94,8 +95,11 @@ class Run:
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
-    def array(self, name: str) -> Any:
-        """The pool side of a feature, whole or computed on demand."""
+    def array(self, read: Any) -> Any:
+        """The pool side of a feature, whole or computed on demand, or of several side by side."""
+        name, *more = features_in(read)
+        if more:
+            return Columns([self.array(one) for one in (name, *more)])
         if not self.recipe.lazy(name):
             return self.store[name]
         if name not in self._lazy:
@@ -184,7 +188,7 @@ def _warm_up(run: Run) -> str:
 def select_stage(run: Run) -> None:
     """One selection per method and seed."""
     for method in run.recipe.methods:
-        lazy = any(run.recipe.lazy(name) for name in run.recipe.selector(method)[1].values())
+        lazy = any(run.recipe.lazy(name) for read in run.recipe.selector(method)[1].values() for name in features_in(read))
         for seed in run.recipe.seeds:
             if lazy:  # every process computes its share of the rows asked for
                 _select(run, method, seed)
@@ -241,14 +245,15 @@ def _select(run: Run, method: str, seed: int) -> None:
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
-def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any]) -> dict[str, Any]:
+def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays that a selector's hook asks for, from features, pool and targets."""
     wanted, found = inputs_of(selector), dict(arrays)
     if "groups" in wanted:
         found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
-        feature, dot, array = reads["x"].partition(".")
-        found["target"] = run.store[f"{feature}@target{dot}{array}"]
+        parts = [name.partition(".") for name in features_in(reads["x"])]
+        sides = [run.store[f"{feature}@target{dot}{array}"] for feature, dot, array in parts]
+        found["target"] = sides[0] if len(sides) == 1 else Columns(sides)
     if "target_groups" in wanted:
         found["target_groups"] = np.asarray(run.target["group"])
     if "target_cost" in wanted:
@@ -265,10 +270,10 @@ def _shared(data: Dataset, column: str) -> np.ndarray:
     return out
 
 
-def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str, np.ndarray]:
+def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
     """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
     found = {}
-    for name in reads.values():
+    for name in (one for read in reads.values() for one in features_in(read)):
         feature = name.partition(".")[0]
         if run.recipe.lazy(feature):
             continue
