@@ -23,8 +23,8 @@ def forwards(run: Run, feature: str) -> float:
     made: Any = run.recipe.extractor(feature)
     share = _total(run, "supervised") / max(1.0, _total(run, "total"))
     once = sum({"row": 1.0, "response": share}.get(view, 1.0) for view in made.views())
-    if made.name == "tokens":
-        return 0.0
+    if made.name in ("tokens", "classifier"):  # a classifier is another model: one forward of its own
+        return float(made.name == "classifier")
     if getattr(made, "checkpoints", None) and warmup and getattr(made, "use", "all") == "all":
         once *= max(1, warmup.train.checkpoints) + (made.name == "trajectory" and made.base)
     if made.name == "color":  # with and without the target
