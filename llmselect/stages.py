@@ -218,14 +218,8 @@ def _select(run: Run, method: str, seed: int) -> None:
                                  + "\nDelete it, or give the run another out=.")  # fmt: skip
         return
     start = time.monotonic()
-    inputs = {
-        "seed": seed,
-        "ids": run.store.open(TOKENS).ids,
-        "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
-        "exclude": dropped,
-        **_inputs(run, type(selector), reads, arrays),
-        **clusters_for(run, grouping, dropped),
-    }
+    inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
+              "exclude": dropped, **_inputs(run, type(selector), reads, arrays), **clusters_for(run, grouping, dropped)}
     try:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)

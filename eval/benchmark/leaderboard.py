@@ -1,6 +1,6 @@
 """Write `eval/benchmark/leaderboard.md` from the results in `eval/benchmark/cells`, or say whether it is stale.
 
-python eval/benchmark/leaderboard.py [--check]
+    python eval/benchmark/leaderboard.py [--check]
 """
 
 from __future__ import annotations

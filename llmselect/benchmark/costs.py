@@ -14,7 +14,7 @@ import numpy as np
 from llmselect.stages import TOKENS, Run
 
 DERIVATIVE = 3.0
-FORWARD_ONLY = {"trajectory", "color", "nuggets"}  # a pass of their own because they change the model, without derivatives
+FORWARD_ONLY = {"trajectory", "color", "nuggets"}  # a pass of their own, without derivatives
 
 
 def forwards(run: Run, feature: str) -> float:

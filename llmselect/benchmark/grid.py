@@ -194,7 +194,7 @@ class Plan:
         places = {v: k for k, v in self.grid.vars.items() if isinstance(v, str) and v}
         for place in sorted(places, key=len, reverse=True):
             if value == place or value.startswith(place.rstrip("/") + "/"):
-                return "${" + places[place] + "}" + value[len(place.rstrip("/")) :]
+                return "${" + places[place] + "}" + value[len(place.rstrip("/")):]
         return os.path.relpath(value, self.home) if Path(value).is_absolute() else value
 
 

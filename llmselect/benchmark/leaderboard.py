@@ -134,7 +134,7 @@ def _rank(line: Line) -> tuple[float, str]:
     return (0.0 if line.difference is None else line.difference.mean, line.method)
 
 
-_HEAD = "| method | targets | seeds | NLL ± sd | Δ random [95 %] | p (Holm) | wins | full gain kept | select s | forwards |"
+_HEAD = ("| method | targets | seeds | NLL ± sd | Δ random [95 %] | p (Holm) | wins | full gain kept | select s | forwards |")
 _NOTES = [
     "NLL: held-out response loss in nats per token, mean over targets; sd over seeds. Δ random: difference to random rows of",
     "the same seed and budget, negative is better; 95 % interval and p from a paired bootstrap over seeds and held-out rows.",
