@@ -272,9 +272,11 @@ def compare(runs: RunFolders, as_json: Json = False) -> None:
     for i, (name, about) in enumerate(found["selections"].items()):
         score = "-" if about["mean_score"] is None else f"{about['mean_score']:.3f}"
         length = about["score_length_correlation"]
+        related = "" if length is None else f" (correlation with length {length:+.2f})"
+        nearer = "" if about["kl_reduction"] is None else f", n-grams {about['kl_reduction']:+.3f} nats nearer to the target"
         mix = ", ".join(f"{s} {c / about['rows']:.0%}" for s, c in list(about["sources"].items())[:5])
         print(f"[{i}] {name}: {about['rows']} rows, {about['tokens']} tokens (median {about['tokens_per_row'][1]:.0f}), "
-              f"score {score}{'' if length is None else f' (correlation with length {length:+.2f})'}\n     {mix}")  # fmt: skip
+              f"score {score}{related}{nearer}\n     {mix}")  # fmt: skip
     print("\noverlap (Jaccard)\n      " + " ".join(f"[{i:>2}]" for i in range(len(found["names"]))))
     for i, line in enumerate(found["overlap"]):
         print(f"[{i:>2}]  " + " ".join(f"{value:.2f}" for value in line))

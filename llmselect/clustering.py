@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
-from llmselect.arrays import Subset, fold_ids
+from llmselect.array_views import Subset
+from llmselect.arrays import fold_ids
 from llmselect.errors import UsageError
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.kmeans import kmeans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ def compare(folders: list[Path]) -> dict[str, Any]:
 
     Returns:
         `selections`: per selection its rows, supervised tokens (total and quartiles per row), mean score, source mix,
-        and the rank correlation of its scores with length; `overlap`: Jaccard overlap by row id, as a matrix.
+        the rank correlation of its scores with length, and where the run has an `ngram` feature `kl_reduction`: by how many
+        nats its n-grams are nearer to the target's than the pool's are (DSIR, arXiv 2302.03169);
+        `overlap`: Jaccard overlap by row id, as a matrix.
 
     Errors: `UsageError` for a folder that is no run.
     """
@@ -30,10 +33,10 @@ def compare(folders: list[Path]) -> dict[str, Any]:
             raise UsageError(f"{folder}: no selections there; give the folder of a run that has selected (runs/NAME)")
         store = FeatureStore(Path(folder) / "features")
         sources = _sources(Path(folder))
-        for file in files:
+        made = [Selection.load(file.parent) for file in files]
+        for file, selection, nearer in zip(files, made, kl_reductions(store, made), strict=True):
             name = f"{Path(folder).name}/{file.parent.parent.name}/{file.parent.name}"
-            selection = Selection.load(file.parent)
-            found[name] = selection, _describe(selection, store, sources)
+            found[name] = selection, {**_describe(selection, store, sources), "kl_reduction": nearer}
     names = list(found)
     ids = {name: set(found[name][0].ids or ()) for name in names}
     overlap = [[_jaccard(ids[a], ids[b]) for b in names] for a in names]
@@ -64,6 +67,16 @@ def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) ->
         "score_length_correlation": None if scores is None else spearman(scores[known], cost[known]),
         "sources": dict(mix.most_common()),
     }
+
+
+def kl_reductions(store: FeatureStore, selections: Sequence[Selection]) -> list[float | None]:
+    """KL(target ‖ pool) - KL(target ‖ selection) over n-grams of each selection; None without such a feature in the store."""
+    from llmselect.kernels import ngrams
+
+    for name in sorted(store.names()):
+        if f"{name}@target" in store.names() and store.open(name).spec.get("extractor") == "ngram":
+            return [*ngrams.kl_reductions(store[name], [one.indices for one in selections], store[f"{name}@target"][:])]
+    return [None] * len(selections)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

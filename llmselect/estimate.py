@@ -19,6 +19,7 @@ from llmselect.stages import Run
 
 SAMPLE = 512  # pool rows read and passed to measure speed
 FORWARD_ROWS = 128
+FEW = 16  # of them for a feature of which a row costs many passes
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
@@ -33,8 +34,13 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         prepare(run)
         share = len(run.pool) / min(total, SAMPLE)
         rows = int(total * share)
+        costly = _costly(run)
+        run.recipe = replace(run.recipe, features={k: v for k, v in run.recipe.features.items() if k not in costly})
         seconds, bytes_per_row, tokens_per_row = _passes(run)
         step = 3 * _forward(run)  # forward and backward
+        # Target rows are passed like rows of the pool: nothing beside n single passes, much where a row costs many.
+        many = {name: round(each * (rows + len(run.target)) / 60, 2) for name, (each, _) in costly.items()}
+        bytes_per_row += sum(size for _, size in costly.values())
     budget = Budget.parse(recipe.budget)
     selected = budget.rows_of(rows) if budget.tokens is None else int(budget.tokens / max(1.0, tokens_per_row))
     trainings = (len(recipe.methods) + recipe.full + (recipe.refine is not None)) * len(recipe.seeds)
@@ -44,7 +50,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "usable_rows": rows,
         "selected_rows": selected,
         "feature_bytes": int(bytes_per_row * rows),
-        "extract_minutes": round(seconds * rows / 60, 2),
+        "extract_minutes": round(seconds * rows / 60 + sum(many.values()), 2),
+        "costly_minutes": many,
         "trainings": trainings,
         "tokens_per_training": trained,
         "train_minutes": round(step * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
@@ -99,6 +106,27 @@ def _forward(run: Run) -> float:
     return max(0.0, took[1] - took[0]) / max(1, sizes[1] - 1)
 
 
+def _costly(run: Run) -> dict[str, tuple[float, float]]:
+    """Seconds and bytes per row of the features of which a row costs many passes, measured on a few rows."""
+    from llmselect.engine.backbone import Backbone
+    from llmselect.engine.extraction import groups_of
+    from llmselect.engine.passes import Pass, default_batch_tokens, fit
+
+    found, few = {}, run.pool.select(np.unique(np.linspace(0, len(run.pool) - 1, FEW).astype(int)))
+    for name in run.recipe.features:
+        one = run.recipe.extractor(name)
+        if not one.costly or run.recipe.lazy(name):
+            continue
+        backbone = Backbone(one.model, None if one.adapter == "warmup" else one.adapter, one.dtype, one.max_length)
+        passing = Pass(backbone, {name: one}, {}, {}, groups_of(run.target), run.recipe.batch_tokens or default_batch_tokens())
+        fit(passing, run.target, run.pool)
+        start = time.monotonic()
+        made = passing.compute(few["messages"][:], few["id"][:], [name])[name]
+        size = sum(array.nbytes for array in made.values())
+        found[name] = (time.monotonic() - start) / len(few), size / len(few)
+    return found
+
+
 def _short_warm_up(recipe: Recipe) -> Any:
     """As many checkpoints as the recipe's warm-up leaves, from a few rows: gradient features are made at each."""
     if recipe.warmup is None or not any(
@@ -122,6 +150,10 @@ def text(found: dict[str, Any], recipe: Recipe) -> str:
             f"{recipe.name}: nothing was run; this is what to expect on this machine",
             f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
             f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {extracting}",
+            *(
+                f"            of it {name}: {duration(60 * m)}, measured on {FEW} rows"
+                for name, m in found["costly_minutes"].items()
+            ),
             f"  select    {len(recipe.methods)} methods × {len(recipe.seeds)} seeds, {found['selected_rows']:,} rows each",
             *(["  refine    its rounds are not counted here; llmselect refine --dry-run tells them"] if recipe.refine else []),
             f"  train     {found['trainings']} adapters × {found['tokens_per_training']:,} tokens, {training}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -81,64 +81,20 @@ def reward(prompts: Sequence[list[Message]], gold: Sequence[str], answers: Seque
 
     Errors: `UsageError` for a model without a chat template, with several outputs, or without a trained head.
     """
+    from llmselect.engine import classify
     from llmselect.engine.passes import default_batch_tokens
 
-    loaded, tokenizer, limit = _reward_model(model, dtype, max_length)
-    chats = [[*ask, {"role": "assistant", "content": text}] for side in (gold, answers)
-             for ask, text in zip(prompts, side, strict=True)]  # fmt: skip
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    found = _rewards(loaded, ids, limit, batch_tokens or default_batch_tokens())
-    if len(lost := np.flatnonzero(np.isnan(found))):
-        log.warning("%d of %d conversations are longer than %s reads and are not scored", len(lost), len(found), model)
-    return found[: len(gold)] - found[len(gold) :]
-
-
-def _reward_model(model: str, dtype: str, max_length: int | None) -> tuple[Any, Any, int]:
-    """The model ready to score, its tokenizer, and the tokens that it reads."""
-    import torch
-
-    from llmselect.engine.backbone import default_device, from_pretrained
-
-    device = torch.device(default_device())
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config, tokenizer = from_pretrained("AutoConfig", model), from_pretrained("AutoTokenizer", model)
+    config, tokenizer, limit = classify.described(model)
     if not isinstance(tokenizer.chat_template, str):
         raise UsageError(f"judge: {model} has no chat template (or several); give a reward model with one")
     if config.num_labels != 1:
         raise UsageError(f"judge: {model} has {config.num_labels} outputs; give a reward model, which has 1")
-    kwargs = dict(dtype=auto if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, output_loading_info=True)
-    loaded, info = from_pretrained("AutoModelForSequenceClassification", model, **kwargs)
-    if absent := sorted(info["missing_keys"]):
-        raise UsageError(f"judge: {model} was not trained to give rewards: its file lacks {absent[0]}; give a reward model")
-    text = config.get_text_config()
-    limit = min(getattr(text, "max_position_embeddings", None) or 1 << 20, tokenizer.model_max_length, max_length or 1 << 20)
-    return loaded.to(device).eval().requires_grad_(False), tokenizer, limit
-
-
-def _rewards(loaded: Any, ids: Sequence[list[int]], limit: int, batch_tokens: int) -> np.ndarray:
-    import torch
-
-    from llmselect.engine.batch import plan
-    from llmselect.engine.memory import BackOff
-
-    out = np.full(len(ids), np.nan)
-    pad = loaded.config.get_text_config().pad_token_id
-    held = np.array([i for i, row in enumerate(ids) if len(row) <= limit], np.int64)
-
-    def step(part: np.ndarray) -> np.ndarray:
-        rows = [ids[int(i)] for i in part]
-        longest, fill = max(map(len, rows)), pad if pad is not None else 0
-        padded = torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        with torch.inference_mode():
-            logits = loaded(input_ids=padded.to(loaded.device), attention_mask=mask.to(loaded.device)).logits
-        return logits[:, 0].float().cpu().numpy()
-
-    # Without a padding token the model cannot tell where a row ends: then one row at a time.
-    batches = plan([len(ids[int(i)]) for i in held], batch_tokens if pad is not None else 1)
-    back_off, names = BackOff(), [str(i) for i in range(len(ids))]
-    for batch in batches:
-        for part, found in back_off.run(held[batch], step, names):
-            out[part] = found
-    return out
+    loaded, limit = classify.load(model, dtype, "judge", "give rewards"), min(limit, max_length or limit)
+    chats = [[*ask, {"role": "assistant", "content": text}] for side in (gold, answers)
+             for ask, text in zip(prompts, side, strict=True)]  # fmt: skip
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    found = classify.outputs(loaded, ids, limit, batch_tokens or default_batch_tokens())[:, 0]
+    if len(lost := np.flatnonzero(np.isnan(found))):
+        log.warning("%d of %d conversations are longer than %s reads and are not scored", len(lost), len(found), model)
+    return found[: len(gold)] - found[len(gold) :]

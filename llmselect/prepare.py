@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
-from llmselect.arrays import Subset, fold_ids
+from llmselect.array_views import Subset
+from llmselect.arrays import fold_ids
 from llmselect.errors import LlmselectError
 from llmselect.hub.origin import noted
 from llmselect.readers import stamps

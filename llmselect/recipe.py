@@ -102,8 +102,8 @@ class Recipe:
         """Whether a feature reads the SAE of this recipe's `sae:` section."""
         return self.sae is not None and getattr(extractor, "sae", None) == "trained"
 
-    def selector(self, name: str) -> tuple[Selector, dict[str, str]]:
-        """The selector of method `name`, and the features that it reads by input name."""
+    def selector(self, name: str) -> tuple[Selector, dict[str, Any]]:
+        """The selector of method `name`, and the features that it reads by input name (`features_in`)."""
         where = f"methods.{name}"
         options = dict(self.methods[name])
         cls = _named(selectors, options.pop("selector", None), where, "selector")
@@ -205,12 +205,14 @@ class Recipe:
             if key in _INPUT_KEYS and required and key not in reads:
                 raise UsageError(f"methods.{name}: '{selector.name}' needs {key}, the name of a feature: {list(self.features)}")
         for key, feature in {**reads, **({"groups": grouping.x} if grouping else {})}.items():
-            if str(feature).partition(".")[0] not in self.features:
-                raise UsageError(f"methods.{name}.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
-                                 f"There are: {list(self.features)}")  # fmt: skip
-            if self.lazy(str(feature)) and key not in selector.lazy:
-                raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
-                                 f"give features.{feature} lazy: false")  # fmt: skip
+            several = features_in(feature)
+            for one in several:
+                if one.partition(".")[0] not in self.features:
+                    raise UsageError(f"methods.{name}.{key}: no feature '{one}'.{nearest(one, self.features)} "
+                                     f"There are: {list(self.features)}")  # fmt: skip
+                if self.lazy(one) and (key not in selector.lazy or len(several) > 1):
+                    raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
+                                     f"give features.{one} lazy: false")  # fmt: skip
         check_tasks(self, name)
 
     def _check_dedup(self) -> None:
@@ -223,6 +225,16 @@ class Recipe:
                                  f"There are: {list(self.features)}")  # fmt: skip
         if not 0 < self.dedup.threshold < 1:
             raise UsageError(f"dedup.threshold: {self.dedup.threshold} must lie between 0 and 1")
+
+
+def features_in(read: Any) -> list[str]:
+    """The features that an input of a method names: one, or a list whose columns stand side by side.
+
+    Errors: `UsageError` for an empty list.
+    """
+    if isinstance(read, list) and not read:
+        raise UsageError("a list of features is empty; name at least one")
+    return [str(one) for one in read] if isinstance(read, list) else [str(read)]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

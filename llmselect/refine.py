@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
-from llmselect.arrays import Subset
+from llmselect.array_views import Subset
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels.groups import apportion
 from llmselect.kernels.keyed import Keyed, keys_of

@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect import atomic, config
+from llmselect.array_views import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside
-from llmselect.recipe import Recipe
+from llmselect.recipe import Recipe, features_in
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import OF_TARGET, inputs_of
 from llmselect.store import FeatureStore
@@ -95,13 +96,21 @@ class Run:
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
-    def array(self, name: str) -> Any:
-        """The pool side of a feature, whole or computed on demand."""
-        if not self.recipe.lazy(name):
-            return self.store[name]
-        if name not in self._lazy:
-            from llmselect.engine.on_demand import lazy
+    def array(self, read: Any, tasks: Tasks | None = None) -> Any:
+        """The pool side of a feature, whole or computed on demand, or of several side by side; of some `tasks` only, where
+        its columns are those of target groups."""
+        name, *more = features_in(read)
+        if more:
+            return Columns([self.array(one, tasks) for one in (name, *more)])
+        found = self._on_demand(name) if self.recipe.lazy(name) else self.store[name]
+        if tasks is None or not self.recipe.extractor(name.partition(".")[0]).by_group:
+            return found
+        return tasks.pool_side(found)
 
+    def _on_demand(self, name: str) -> Any:
+        from llmselect.engine.on_demand import lazy
+
+        if name not in self._lazy:
             warmup = str(self.folder / "warmup") if self.recipe.warmup else None
             made = self.recipe.extractor(name.partition(".")[0], warmup)
             self._lazy[name] = lazy(self.pool, self.store, name, made, target=self.target, batch_tokens=self.recipe.batch_tokens)
@@ -185,7 +194,7 @@ def _warm_up(run: Run) -> str:
 def select_stage(run: Run) -> None:
     """One selection per method and seed."""
     for method in run.recipe.methods:
-        lazy = any(run.recipe.lazy(name) for name in run.recipe.selector(method)[1].values())
+        lazy = any(run.recipe.lazy(name) for read in run.recipe.selector(method)[1].values() for name in features_in(read))
         for seed in run.recipe.seeds:
             if lazy:  # every process computes its share of the rows asked for
                 _select(run, method, seed)
@@ -215,8 +224,8 @@ def _key(run: Run, method: str, seed: int, arrays: Mapping[str, Any]) -> dict[st
 def _select(run: Run, method: str, seed: int) -> None:
     out = run.folder / "selections" / method / f"seed-{seed}"
     selector, reads = run.recipe.selector(method)
-    arrays: dict[str, Any] = {key: run.array(name) for key, name in reads.items()}
     limits, dropped, tasks = run.recipe.limits_of(method), semantic_duplicates(run), tasks_of(run, method)
+    arrays: dict[str, Any] = {key: run.array(read, tasks) for key, read in reads.items()}
     key = _key(run, method, seed, arrays)
     if (out / "selection.json").exists():
         if lines := config.difference(Selection.load(out).provenance["key"], json.loads(json.dumps(key))):
@@ -243,8 +252,7 @@ def _select(run: Run, method: str, seed: int) -> None:
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
     evidence = {**(tasks.evidence(made.evidence, selector.name) if tasks else made.evidence), **_top_tokens(run, reads, made)}
-    seconds = round(time.monotonic() - start, 3)
-    provenance = {**made.provenance, "key": key, "method": method}
+    seconds, provenance = round(time.monotonic() - start, 3), {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
@@ -253,17 +261,15 @@ def _select(run: Run, method: str, seed: int) -> None:
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
-def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any], tasks: Tasks | None) -> dict[str, Any]:
+def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str, Any], tasks: Tasks | None) -> dict[str, Any]:
     """The arrays that a selector's hook asks for, from features, pool and targets, on the side of the targets of `tasks`."""
     wanted, found = inputs_of(selector), dict(arrays)
-    if tasks is not None:
-        by_group = {key for key, name in reads.items() if run.recipe.extractor(name.partition(".")[0]).by_group}
-        found |= {key: tasks.pool_side(found[key]) for key in by_group}
     if "groups" in wanted:
         found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
-        feature, dot, array = reads["x"].partition(".")
-        found["target"] = run.store[f"{feature}@target{dot}{array}"]
+        parts = [name.partition(".") for name in features_in(reads["x"])]
+        sides = [run.store[f"{feature}@target{dot}{array}"] for feature, dot, array in parts]
+        found["target"] = sides[0] if len(sides) == 1 else Columns(sides)
     if "target_groups" in wanted:
         found["target_groups"] = np.asarray(run.target["group"])
     if "target_cost" in wanted:
@@ -282,10 +288,10 @@ def _shared(data: Dataset, column: str) -> np.ndarray:
     return out
 
 
-def _top_tokens(run: Run, reads: Mapping[str, str], made: Selection) -> dict[str, np.ndarray]:
+def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
     """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
     found = {}
-    for name in reads.values():
+    for name in (one for read in reads.values() for one in features_in(read)):
         feature = name.partition(".")[0]
         if run.recipe.lazy(feature):
             continue

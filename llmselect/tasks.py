@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect.arrays import Columns
+from llmselect.array_views import GroupColumns
 from llmselect.errors import UsageError, nearest
 from llmselect.selectors._base import OF_TARGET, inputs_of
 
@@ -28,7 +28,7 @@ class Tasks:
 
     def pool_side(self, array: Any) -> Any:
         """An `[n, G, …]` array with the columns of these groups only."""
-        return Columns(array, self.columns)
+        return GroupColumns(array, self.columns)
 
     def target_side(self, values: Any) -> np.ndarray:
         """A `[m, …]` array of the target rows with these rows only."""
@@ -63,9 +63,11 @@ def tasks_of(run: Run, method: str) -> Tasks | None:
 def aimed(recipe: Recipe, method: str) -> bool:
     """Whether what `method` selects depends on the target rows: the selector reads them, or a feature of it has a column
     for each of their groups."""
+    from llmselect.recipe import features_in
+
     selector, reads = recipe.selector(method)
     asks = bool(set(OF_TARGET) & set(inputs_of(type(selector))))
-    features = {name.partition(".")[0] for name in reads.values()} & set(recipe.features)
+    features = {name.partition(".")[0] for read in reads.values() for name in features_in(read)} & set(recipe.features)
     return asks or any(recipe.extractor(name).by_group for name in features)
 
 

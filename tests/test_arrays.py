@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmselect.arrays import Csr, Stored, Subset, not_finite
+from llmselect.array_views import Subset
+from llmselect.arrays import Csr, Stored, not_finite
 from llmselect.engine.passes import SparseRows
 from llmselect.pool import Seen
 from llmselect.store import FeatureStore

@@ -12,8 +12,11 @@ import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
+from test_stages import recipe_of
 
+import tiny
 from llmselect.chat import ChatEncoder
+from llmselect.compare import compare
 from llmselect.engine.extraction import extract
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.extractors.ngram import Ngram
@@ -21,7 +24,11 @@ from llmselect.extractors.tokens import Tokens
 from llmselect.kernels.gumbel import effective_size, gumbel_topk, kappa_of
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.ngrams import kl_reduction
+from llmselect.prepare import prepare
+from llmselect.report.contents import contents
+from llmselect.selection import Selection
 from llmselect.selectors.dsir import Dsir
+from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.store import FeatureStore
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -218,3 +225,18 @@ def test_mistakes_are_named():
     for wrong in ({"buckets": 0}, {"order": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Ngram(model="m", **wrong)
+
+
+def test_compare_and_report_tell_it_of_any_selection(tmp_path, tiny_model):
+    features, methods = {"words": {"extractor": "ngram", "buckets": 500}}, {"d": {"selector": "dsir", "x": "words"}}
+    run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(40), features=features,
+                        methods={**methods, "random": {"selector": "random"}}))  # fmt: skip
+    for stage in (prepare, extract_stage, select_stage):
+        stage(run)
+    told, target = compare([run.folder])["selections"], run.store["words@target"][:].toarray()
+    page = contents(run, 4000)
+    for name in ("d", "random"):
+        chosen = Selection.load(run.folder / "selections" / name / "seed-0").indices
+        expected = kl_reduction(run.store["words"][:].toarray(), chosen, target)
+        assert told[f"run/{name}/seed-0"]["kl_reduction"] == pytest.approx(expected, abs=1e-9) and abs(expected) > 1e-4
+        assert next(one for one in page["views"] if one["method"] == name)["kl_reduction"] == pytest.approx(expected, rel=1e-5)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmselect.errors import UsageError
 from llmselect.selectors.topk import TopK
 
 
@@ -35,3 +37,20 @@ def test_groups_have_a_middle_each():
     away = np.abs(np.argsort(np.argsort(x, axis=0), axis=0) - 3).astype(float)
     assert np.array_equal(TopK(order="middle", reduce="mean").select(7, x=x).scores, -away.mean(1))
     assert np.array_equal(TopK(order="middle", reduce="max").select(7, x=x).scores, -away.min(1))
+
+
+def test_weights_of_columns():
+    x = np.random.default_rng(0).standard_normal((30, 3))
+    expected = [(1.1 * a + 7 * b + 0.5 * c) / 8.6 for a, b, c in x]
+    made = TopK(reduce="mean", weights=(1.1, 7, 0.5)).select(30, x=x)
+    np.testing.assert_allclose(made.scores, expected)
+    assert made.indices.tolist() == sorted(range(30), key=lambda i: -expected[i])
+    for options in (
+        {"weights": (1.0, 2.0, 3.0)},
+        {"reduce": "mean", "weights": (1.0, -2.0, 3.0)},
+        {"reduce": "mean", "weights": ()},
+    ):
+        with pytest.raises(UsageError, match="weights: "):
+            TopK(**options)
+    with pytest.raises(UsageError, match="2 are given, x has 3 columns"):
+        TopK(reduce="mean", weights=(1.0, 2.0)).select(3, x=x)

@@ -21,6 +21,7 @@ from llmselect.extractors.loss import Loss
 from llmselect.extractors.trajectory import Trajectory
 from llmselect.prepare import prepare
 from llmselect.selection import Selection
+from llmselect.selectors.similarity import Similarity
 from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.train import Train, finetune
 
@@ -119,6 +120,9 @@ def test_a_recipe_with_trajectories_and_clusters(tmp_path, tiny_model):
         "s2l": {"selector": "balanced", "groups": {"x": "path", "clusters": 4, "normalize": False}},
         "car": {"selector": "car", "quality": "loss.el2n", "groups": {"x": "emb", "clusters": 3}, "share": 0.0},
         "source": {"selector": "balanced", "groups": "source"},
+        "experts": {"selector": "adapt_inf", "x": "emb", "quality": ["loss.nll", "loss.ifd", "path"], "clusters": 3},
+        "both": {"selector": "topk", "x": ["loss.nll", "loss.entropy"], "reduce": "mean", "weights": [1, 3]},
+        "beside": {"selector": "similarity", "x": ["emb", "loss.nll"]},
     }
     more = {"features": features, "methods": methods, "warmup": {"budget": "30%", "train": WARM}, "budget": 12}
     run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(40), **more))
@@ -133,6 +137,12 @@ def test_a_recipe_with_trajectories_and_clusters(tmp_path, tiny_model):
     best, emb = run.store["loss.el2n"][:], clusters_of(run.store["emb"], Clustering("emb", 3))
     assert set(made["car"].indices[:3]) == {int(np.where(emb == c, best, -1).argmax()) for c in range(3)}
     assert set(made["source"].evidence["group"]) == {"s0", "s1", "s2"}
+    assert np.shape(made["experts"].provenance["report"]["entropy"]) == (3, 7)  # two losses, and five checkpoints
+    mean = (run.store["loss.nll"][:].astype(float) + 3 * run.store["loss.entropy"][:]) / 4
+    assert made["both"].indices.tolist() == np.argsort(-mean, kind="stable")[:12].tolist()
+    side = [np.hstack([run.store[f"emb{t}"][:], run.store[f"loss{t}.nll"][:][:, None]]) for t in ("", "@target")]
+    alone = Similarity().select(12, x=side[0], target=side[1], target_groups=run.target["group"], ids=run.store["emb"].ids)
+    assert made["beside"].indices.tolist() == alone.indices.tolist()
     assert len(list((run.folder / "clusters").glob("*.npy"))) == 2
     assert estimate(run.recipe)["feature_bytes"] > 3 * 5 * 4 * 30
 
@@ -141,6 +151,8 @@ def test_a_recipe_with_trajectories_and_clusters(tmp_path, tiny_model):
     "method,told",
     [
         ({"selector": "balanced", "groups": {"x": "nothing"}}, r"methods\.m\.groups: no feature 'nothing'"),
+        ({"selector": "topk", "x": ["emb", "nothing"]}, r"methods\.m\.x: no feature 'nothing'"),
+        ({"selector": "topk", "x": []}, "list of features is empty"),
         ({"selector": "balanced", "groups": {"x": "emb", "k": 3}}, r"methods\.m\.groups\.k: unknown key"),
         ({"selector": "balanced", "groups": {"x": "emb", "clusters": 0}}, "clusters: 0"),
         ({"selector": "random", "groups": "emb"}, "'random' takes no groups"),

@@ -51,6 +51,21 @@ def main() -> None:
         settings = {"rows": a.rows, "dim": a.dim, "budget": a.budget, "limit_seconds": a.limit}
         (a.out / "cost.json").write_text(json.dumps({**settings, "selectors": table}, indent=2) + "\n")
         plot(table, a.out / "cost.svg")
+    print("\n".join(markdown(table, a.rows)))
+
+
+def markdown(table: dict[str, dict[str, Any]], rows: list[int]) -> list[str]:
+    """The table of `selectors.md`; memory is that at the largest size run."""
+    lines = [
+        f"| selector | {' | '.join(f'{n:,} rows, s' for n in sorted(rows))} | slope | memory, MB |",
+        "|---" * (len(rows) + 3) + "|",
+    ]
+    for name, one in table.items():
+        took, held = one.get("seconds", {}), list(one.get("extra_mb", {}).values())
+        seconds = [f"{took[str(n)]:.2f}" if str(n) in took else "" for n in sorted(rows)]
+        memory = f"{held[-1]:,.0f}" if held else one["error"]
+        lines.append(f"| `{name}` | {' | '.join(seconds)} | {one.get('slope', '')} | {memory} |")
+    return lines
 
 
 def grow(folder: str, name: str, floor: dict[int, float], a: argparse.Namespace) -> dict[str, Any]:
@@ -104,8 +119,10 @@ def made(folder: Path, wanted: dict[str, bool], one: Any, n: int, dim: int) -> d
         x, target = sparse(n, rng), sparse(60, rng).toarray()
     elif 2 not in one.x_ndim:
         x = np.asarray(x[:, 0], np.float32)
-    found = {"x": x, "target": target, "target_groups": np.repeat(list("abc"), 20), "quality": rng.standard_normal(n),
-             "groups": rng.choice(list("abcdefgh"), n), "cost": rng.integers(1, 500, n)}  # fmt: skip
+    quality = rng.standard_normal((n, 4) if 2 in one.quality_ndim else n)
+    found = {"x": x, "target": target, "target_groups": np.repeat(list("abc"), 20), "quality": quality,
+             "target_cost": rng.integers(1, 500, 60), "groups": rng.choice(list("abcdefgh"), n),
+             "cost": rng.integers(1, 500, n)}  # fmt: skip
     return {k: v for k, v in found.items() if k in wanted}
 
 

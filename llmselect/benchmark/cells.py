@@ -68,6 +68,9 @@ def run_grid(plan: Plan, only: Mapping[str, set[str]] | None = None, *, wait: fl
             except LlmselectError as error:
                 tally.failed[cell] = str(error)
                 log.error("%s: %s", cell, error)
+            except Exception as error:  # a method of a plug-in may fail in any way, and the other cells need not wait for it
+                tally.failed[cell] = f"{type(error).__name__}: {error}"
+                log.exception("%s: an error of the method, not of what it was given", cell)
         if len(tally.ran) + len(tally.failed) == before:
             time.sleep(wait)
     return tally

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmselect import config
 from llmselect.errors import UsageError, nearest
-from llmselect.recipe import Dedup, Model, PoolSource, Recipe, TargetSource, Warmup
+from llmselect.recipe import Dedup, Model, PoolSource, Recipe, TargetSource, Warmup, features_in
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.tasks import aimed
@@ -183,7 +183,8 @@ class Plan:
         if method in (BASE, FULL):
             return []
         options = self.grid.arms()[method][0]
-        return list(dict.fromkeys(str(options[key]).partition(".")[0] for key in ("x", "quality") if key in options))
+        named = [one for key in ("x", "quality") if key in options for one in features_in(options[key])]
+        return list(dict.fromkeys(one.partition(".")[0] for one in named))
 
     def key(self, cell: Cell) -> dict[str, Any]:
         """What the numbers of a cell follow from; paths are told as the file writes them, whatever the machine."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from llmselect.chat import Encoded
     from llmselect.engine.backbone import Backbone
     from llmselect.engine.batch import Batch
 
@@ -30,6 +31,7 @@ class Extractor:
     fits: ClassVar[bool] = False  # whether the target rows are needed before the pool pass
     by_group: ClassVar[bool] = False  # whether the first axis after the rows of its arrays is that of the target groups
     alone: ClassVar[bool] = False  # whether it needs a pass and a model of its own: it runs backward, or changes the model
+    costly: ClassVar[bool] = False  # whether a row costs many passes: a dry run measures it on a few rows
 
     model: str = field(default="", metadata={"help": "the causal LM: a folder or a Hub id; a recipe fills it in"})
     adapter: str | None = field(default=None, metadata={"help": "a PEFT adapter merged into the model (warm-up)"})
@@ -44,9 +46,17 @@ class Extractor:
         return 0
 
     def views(self) -> tuple[str, ...]:
-        """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts). None
-        of them for an extractor of `texts`."""
+        """The token sequences to pass: `row` (the whole chat), `response` (assistant turns without their prompts), or its
+        own (see `encode`). None of them for an extractor of `texts`."""
         return ("row",)
+
+    def encode(self, backbone: Backbone, messages: list[list[dict[str, str]]], view: str) -> list[Encoded]:
+        """The rows' token sequences in one of `views()`. Extractors that share a pass share what views of one name give, so
+        a view of an extractor's own has all that it depends on in its name."""
+        from llmselect.chat import without_prompt
+
+        rows = backbone.encoder.encode(messages)
+        return rows if view == "row" else [without_prompt(row, backbone.tokenizer) for row in rows]
 
     def layers(self, state: State = MappingProxyType({})) -> tuple[int, ...]:
         """The hidden states to keep, numbered as in Hugging Face: 0 embeddings, -1 after the last norm. What `fit`

@@ -99,12 +99,14 @@ def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink, pac
 
 
 @contextmanager
-def _graph_from(block: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Let the graph start at the input of `block`: below it nothing is recorded, and no parameter needs a gradient."""
+def graph_from(block: torch.nn.Module, shift: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+    """Let the graph start at the input of `block`, moved by `shift`: below it nothing is recorded, and no parameter needs a
+    gradient. Yields a list that the forward pass puts this input into."""
     start: list[torch.Tensor] = []
 
     def hook(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        states = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+        found = (args[0] if args else kwargs["hidden_states"]).detach()
+        states = (found if shift is None else found + shift).requires_grad_()
         start.append(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
@@ -126,20 +128,27 @@ def row_gradients(backbone: Backbone, batch: Batch, layers: dict[str, torch.nn.L
     """
     check_head(backbone)
     lowest = next(block for block in backbone.blocks if any(m in set(layers.values()) for m in block.modules()))
-    with torch.enable_grad(), _watched(layers, reduce, sink, batch.mask if packed else None), _graph_from(lowest) as start:
-        states = backbone.forward(batch.ids, batch.mask, packed)
-        supervised = batch.response[:, 1:]
-        row, column = supervised.nonzero(as_tuple=True)
-        count = supervised.sum(1)
-        if not len(row):
-            return torch.full((len(batch.ids),), float("nan"))
-        picked = states[row, column]
-        losses, gradient = head_gradients(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
-        found = torch.autograd.grad(picked, start, gradient)[0].detach()
-        if at_input is not None:
+    with torch.enable_grad(), _watched(layers, reduce, sink, batch.mask if packed else None), graph_from(lowest) as start:
+        losses, found = backward(backbone, batch, backbone.forward(batch.ids, batch.mask, packed), start, sample)
+        if at_input is not None and found is not None:
             at_input(unpack(found, batch.mask) if packed else found)
+    return losses
+
+
+def backward(backbone: Backbone, batch: Batch, states: torch.Tensor, start: list[torch.Tensor],
+             sample: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The mean response loss of each row `[B]` (NaN without response tokens), and the gradient of their sum at `start`; None
+    when no row of the batch has response tokens."""
+    supervised = batch.response[:, 1:]
+    row, column = supervised.nonzero(as_tuple=True)
+    count = supervised.sum(1)
+    if not len(row):
+        return torch.full((len(batch.ids),), float("nan")), None
+    picked = states[row, column]
+    losses, gradient = head_gradients(backbone, picked.detach(), batch.ids[row, column + 1], 1.0 / count[row], sample)
+    found = torch.autograd.grad(picked, start, gradient)[0].detach()
     total = torch.zeros(len(count), dtype=torch.float64, device=losses.device).index_add_(0, row, losses.double())
-    return (total / count).float()
+    return (total / count).float(), found
 
 
 def head_gradients(backbone: Backbone, states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor,

@@ -73,10 +73,8 @@ class Pass:
 
     def encode(self, messages: list[list[dict[str, str]]], view: str) -> list[Encoded]:
         """The rows' token sequences in a view."""
-        from llmselect.chat import without_prompt
-
-        rows = self.backbone.encoder.encode(messages)
-        return rows if view == "row" else [without_prompt(row, self.backbone.tokenizer) for row in rows]
+        reading = next((e for e in self.extractors.values() if view in e.views()), None)
+        return self.backbone.encoder.encode(messages) if reading is None else reading.encode(self.backbone, messages, view)
 
     def compute(self, messages: list[list[dict[str, str]]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict]:
         """Arrays of every feature in `names` for these rows: feature → array → `[rows, …]`."""

@@ -132,6 +132,7 @@ def _opened(folder: Path) -> Run:
 def _source(run: Run, methods: Sequence[str] | None, base_model: str | None) -> Source:
     """The selections of a run and what was read for them."""
     from llmselect.hub import content, origin, rows
+    from llmselect.recipe import features_in
     from llmselect.stages import TOKENS
 
     known = list(run.recipe.methods)
@@ -147,7 +148,8 @@ def _source(run: Run, methods: Sequence[str] | None, base_model: str | None) -> 
                                  f"{run.folder / 'config.yaml'}")  # fmt: skip
             selection = Selection.load(place)
             subsets.append(rows.subset(selection, json.loads((place / "selection.json").read_bytes())["checksum"]))
-    names = {feature.partition(".")[0] for one in subsets for feature in one.about.get("reads", {}).values()}
+    reads = [read for one in subsets for read in one.about.get("reads", {}).values()]
+    names = {feature.partition(".")[0] for read in reads for feature in features_in(read)}
     versions, account = (json.loads((run.folder / f"{name}.json").read_text("utf-8")) for name in ("versions", "rows"))
     source = origin.of_recipe(run.recipe, base_model, account.get("dataset"))
     return content.Source(subsets, run.pool, run.store.open(TOKENS).spec["rows"], source, versions,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from llmselect.arrays import Subset
+from llmselect.array_views import Subset
 from llmselect.errors import LlmselectError
 from llmselect.kernels.jaccard import sparse_blocks
 
@@ -49,9 +50,14 @@ def kl_reduction(x: Any, chosen: np.ndarray, target: Any, prior: float = 2000.0)
         prior: counts of the pool's distribution (one count added to each bucket) that are added to pool and chosen,
             since a bucket without counts would make the divergence infinite.
     """
+    return kl_reductions(x, [chosen], target, prior)[0]
+
+
+def kl_reductions(x: Any, several: Sequence[np.ndarray], target: Any, prior: float = 2000.0) -> list[float]:
+    """`kl_reduction` of several selections from one pool, whose counts are read once."""
     pool, wanted = totals(x)[0], counted(target)
     array = x if hasattr(x, "dtype") and hasattr(x, "ndim") else np.asarray(x)
-    picked = totals(Subset(array, np.sort(np.asarray(chosen, np.int64))))[0]
     smooth = (pool + 1) / (pool.sum() + len(pool))
-    pool, picked = ((counts + prior * smooth) / (counts.sum() + prior) for counts in (pool, picked))
-    return float(wanted @ np.log(picked / pool) / wanted.sum())
+    share = lambda counts: (counts + prior * smooth) / (counts.sum() + prior)  # noqa: E731
+    picked = (totals(Subset(array, np.sort(np.asarray(chosen, np.int64))))[0] for chosen in several)
+    return [float(wanted @ np.log(share(one) / share(pool)) / wanted.sum()) for one in picked]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmselect.compare import kl_reductions
 from llmselect.errors import LlmselectError
 from llmselect.recipe import looks_like_path
 from llmselect.report.plane import Plane, feature_of
@@ -31,6 +32,8 @@ def contents(run: Run, sample: int) -> dict[str, Any]:
         raise LlmselectError(f"{run.folder}: {wrong[0]} was selected from {views[0].selection.n} rows, the pool has {n}")
     shown, full = rows_shown(views, n, sample)
     names, counts = source_counts(run)
+    for view, nearer in zip(views, kl_reductions(run.store, [view.selection for view in views]), strict=True):
+        view.figures["kl_reduction"] = None if nearer is None else number(nearer)
     return {
         "run": about(run, n, len(shown)),
         "sources": {"names": names, "pool": counts},
@@ -148,6 +151,7 @@ def view_data(run: Run, view: View, shown: np.ndarray, names: list[str]) -> dict
         "reject_score": [number(one) for one in view.reject_score[left]],
         "sources": [mix.get(i, 0) for i in range(len(names))],
         "scores": view.figures.get("scores"), "score_length": view.figures.get("score_length"),
+        "kl_reduction": view.figures.get("kl_reduction"),
         "lengths": view.figures["lengths"], "report": method_report(told.get("report") or {}),
     }  # fmt: skip
 

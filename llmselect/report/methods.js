@@ -49,7 +49,9 @@ function drawMethod(view) {
   const setting = (value) => (typeof value === 'object' ? JSON.stringify(value) : String(value));
   const plain = Object.entries(report).filter(([, value]) => ['number', 'boolean', 'string'].includes(typeof value));
   const lines = [['selector', String(view.selector ?? 'by hand')], ['budget', setting(view.budget)], ['rows', whole(view.rows)],
-    ['supervised tokens', whole(view.tokens)], ...Object.entries(view.config ?? {}).map(([name, value]) => [name, setting(value)]),
+    ['supervised tokens', whole(view.tokens)],
+    ...(typeof view.kl_reduction === 'number' ? [['n-grams nearer to the target than the pool’s, nats', short(view.kl_reduction)]] : []),
+    ...Object.entries(view.config ?? {}).map(([name, value]) => [name, setting(value)]),
     ...plain.map(([name, value]) => [name.replaceAll('_', ' '), typeof value === 'number' ? short(value) : String(value)])];
   parts.push(el('div', { class: 'wide' }, plainTable(['setting', view.name], lines, 'Settings and findings of the method')));
   if (report.folds) parts.push(curves(report.folds));

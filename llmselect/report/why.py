@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.heat import TOPS, parts
+from llmselect.recipe import features_in
 from llmselect.report.views import View
 from llmselect.stages import Run
 
@@ -64,7 +65,7 @@ class Explainer:
 
     def _feature(self, view: View) -> str | None:
         reads = view.selection.provenance.get("key", {}).get("reads", {})
-        return str(reads["x"]).partition(".")[0] if "x" in reads else None
+        return features_in(reads["x"])[0].partition(".")[0] if "x" in reads else None
 
     def _columns(self, view: View) -> list[str]:
         """What the columns of a method's feature stand for: the groups it was fitted on."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmselect import config
-from llmselect.arrays import Subset
+from llmselect.array_views import Subset
 from llmselect.errors import LlmselectError, UsageError, nearest
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.topk import topk_stable
@@ -76,10 +76,10 @@ class Selector:
         budget = Budget.parse(budget)
         cost = inputs.get("cost")
         cost = cost if cost is None or not hasattr(cost, "shape") else cost[:]
-        inputs = self._checked(inputs)
+        given, inputs = inputs, self._checked(inputs)
         n = self._rows(n, ids, cost, inputs)
         ids = ids if ids is not None else getattr(inputs.get("x"), "ids", None)
-        keys, bad = keys_of(ids, n), _not_finite(inputs)
+        keys, bad = keys_of(ids, n), _not_finite({k: given[k] for k in inputs})  # a checked input may be a copy without marks
         lost = bad if exclude is None else np.union1d(bad, _row_numbers(exclude, n))
         rows = np.delete(np.arange(n), lost)
         if not len(rows):

@@ -4,7 +4,7 @@ Paper: Adapt-∞ of Maharana et al., "Scalable Continual Multimodal Instruction 
     2410.10636, section 3.
 Objective: k-means on gradients; in each cluster the score whose histogram, over the pool's standard deviations, has the largest
     entropy is the expert; coverage-centric selection by it inside (`ccs`); waterfill over the clusters.
-Inputs: `x [n, d]`, the `gradient` feature; `quality [n, S]`, S scores (or `[n]`: one for all clusters).
+Inputs: `x [n, d]`, the `gradient` feature; `quality [n, S]`, S scores, in a recipe a list of features (or `[n]`: one for all).
 Cost: k-means; O(n·S + n log n).
 Deviations: text scores (loss, EL2N, IFD, gradient norm) instead of image grounding. Histograms have bins of equal width from -3
     to 3 standard deviations, what lies outside in the outer ones. The order is nested: rounds over the clusters. Permanent

@@ -3,7 +3,8 @@
 Paper: none; TRIM (arXiv 2510.07118) ranks this way, as do perplexity and IFD filters.
 Objective: one column: the k largest (or smallest; or `middle`: those whose rank is nearest to that of the median, so
     that the k rows are centred on it). Several columns, one per target group: `round_robin` lets the groups take turns,
-    each giving its best row not yet taken; `mean` and `max` rank by the mean or the largest over groups.
+    each giving its best row not yet taken; `mean` (by `weights`, if given) and `max` rank by the mean or the largest over
+    groups, or over the scores of several features (`x: [a, b]`).
 Inputs: `x [n]` or `[n, G]`.
 Cost: O(G·(n + k log k)); `middle` sorts, O(G·n log n).
 Deviations: `middle` scores a row by -|rank - (n - 1) / 2|, equal scores sharing their mean rank.
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from llmselect.errors import UsageError
 from llmselect.kernels.groups import round_robin
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.topk import topk_stable
@@ -35,6 +37,11 @@ class TopK(Selector):
     order: Literal["desc", "asc", "middle"] = field(default="desc", metadata={"help": "desc: the largest first"})
     reduce: Literal["round_robin", "mean", "max"] = field(default="round_robin", metadata={"help": "over target groups"})
     standardize: bool = field(default=False, metadata={"help": "z-score each group's column before mean or max"})
+    weights: tuple[float, ...] | None = field(default=None, metadata={"help": "of the columns, for reduce: mean; null: equal"})
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and (self.reduce != "mean" or min(self.weights, default=-1) < 0 or not sum(self.weights)):
+            raise UsageError(f"weights: {list(self.weights)} must not be negative nor all zero, and need reduce: mean")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         scores = np.array(x[:]).reshape(x.shape[0], -1)
@@ -50,7 +57,9 @@ class TopK(Selector):
         if self.standardize:
             columns = (columns - columns.mean(0)) / np.where(columns.std(0) > 0, columns.std(0), 1)
         best = columns.max(1) if largest else columns.min(1)  # "max" means the best group, whichever end is best
-        combined = best if self.reduce == "max" else columns.mean(1)
+        if self.weights is not None and len(self.weights) != columns.shape[1]:
+            raise UsageError(f"weights: {len(self.weights)} are given, x has {columns.shape[1]} columns")
+        combined = best if self.reduce == "max" else np.average(columns, axis=1, weights=self.weights)
         order = topk_stable(combined, k, rng.keys, largest=largest)
         return Picked(order, combined.astype(np.result_type(scores, np.float32)), evidence={"score": combined[order]})
 
