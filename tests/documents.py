@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -57,10 +58,11 @@ def commands(text: str) -> Iterator[list[str]]:
 def _alternatives(words: list[str]) -> Iterator[list[str]]:
     while words and re.fullmatch(r"\w+=\S*", words[0]):  # settings of the environment
         words = words[1:]
-    if len(words) > 1 and "|" in words[1]:
-        yield from ([words[0], one, *words[2:]] for one in words[1].split("|"))
-    else:
+    at = next((i for i, word in enumerate(words[:3]) if re.fullmatch(r"\w+(\|\w+)+", word)), None)
+    if at is None:
         yield words
+    else:
+        yield from ([*words[:at], one, *words[at + 1 :]] for one in words[at].split("|"))
 
 
 def check(words: list[str]) -> list[list[str]]:
@@ -85,7 +87,8 @@ def check(words: list[str]) -> list[list[str]]:
         told = parse(app, rest)
         script = told.params.get("command") or []
         return [one for inner in commands(script[-1]) for one in check(inner)] if script[:2] == ["bash", "-c"] else []
-    {"make": _make, "python": _python, "pip": _pip, "sbatch": _sbatch, ".ci/run": _nothing, ".venv/bin/python": _pytest}[program](rest)
+    checks = {"make": _make, "python": _python, "pip": _pip, "sbatch": _sbatch, ".ci/run": _nothing, ".venv/bin/python": _pytest}
+    checks[program](rest)
     return []
 
 
@@ -100,11 +103,12 @@ def parse_llmselect(words: list[str]) -> None:
             assert place.exists(), f"{' '.join(words)}: no {word}"
 
 
-def parse(app: object, words: list[str]):
+def parse(app: Any, words: list[str]):
     """The context of the command that `words` call: every group, command, argument and option exists, nothing has run."""
+    from typer import Typer
     from typer.main import get_command
 
-    command, context, rest = get_command(app), None, list(words)  # type: ignore[arg-type]
+    command, context, rest = get_command(app) if isinstance(app, Typer) else app, None, list(words)
     name = "app"
     while hasattr(command, "resolve_command"):
         assert rest, f"{words}: no command after {name}"
