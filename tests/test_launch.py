@@ -141,6 +141,15 @@ def test_the_slurm_script_starts_a_launcher_per_machine(tmp_path):
     assert len(done.stdout.splitlines()) == 2
 
 
+def test_processes_wait_for_the_first_longer_than_torch_would(monkeypatch):
+    from types import SimpleNamespace
+
+    made = []
+    monkeypatch.setattr("accelerate.PartialState", lambda **settings: made.append(settings) or SimpleNamespace())
+    _ = stages.Run(SimpleNamespace(folder=Path())).process  # type: ignore[arg-type]
+    assert made[0]["timeout"].total_seconds() > 24 * 3600, "NCCL's default is ten minutes, a large pool takes longer to read"
+
+
 def test_optimizer_states_are_not_kept_under_fsdp(tiny_model, tmp_path, monkeypatch):
     from llmselect.train import Train, finetune
 

@@ -212,9 +212,9 @@ def document(found: list[dict[str, Any]], speed: dict[str, float], a: Arguments)
         "Written by `python eval/performance/outlook.py --tflops T --out eval/results/performance`. **Arithmetic from a measured "
         "or given speed, not runs of these models.** `llmselect run RECIPE --dry-run` measures your pool on your machine.\n",
         f"Assumed: rows of {a.tokens} tokens, {SHARE:.0%} of them response; a forward is 2 FLOP per parameter of the body and "
-        "token; no time for loading, tokenising or padding. Forward and backward count 3, as in the benchmark, an upper bound for "
-        "`gradient`, which makes no weight gradients. Hours are of one device: n processes take n-ths. Bytes are those that the "
-        f"extractors declare; of sparse features the most a row can hold ({FIRING} latents a token of an SAE of {EXPANSION} "
+        "token; no time for loading, tokenising or padding. Forward and backward count 3, as in the benchmark, an upper bound "
+        "for `gradient`, which makes no weight gradients. Hours are of one device: n processes take n-ths. Bytes are those that "
+        f"the extractors declare; of sparse features the most a row can hold ({FIRING} latents a token of an SAE of {EXPANSION} "
         "× the width; 1.5 n-grams a token). Warm-ups and the training of an SAE are not counted.\n",
         f"Measured on {device}: a matrix product {speed['gemm'] / 1e9:,.0f} GFLOP/s, a plain forward of a small model "
         f"{speed['forward'] / 1e9:,.0f} GFLOP/s ({ratio:.0%} of it).\n",
