@@ -11,21 +11,38 @@ from typing import Annotated, Any
 
 import typer
 
-from llmselect import cli_benchmark, cli_ensemble, cli_models, cli_push, cli_refine
+from llmselect import (
+    cli_benchmark,
+    cli_complete,
+    cli_doctor,
+    cli_ensemble,
+    cli_extension,
+    cli_methods,
+    cli_models,
+    cli_push,
+    cli_refine,
+)
+from llmselect.cli_complete import Json, Overrides, RecipePath, RunFolder, RunFolders
+from llmselect.cli_help import MODELS, RESULTS, RUN, Commands, examples
 from llmselect.errors import LlmselectError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    # No rich: without it help is there in less than half the time, and its command lines can be copied.
+    cls=Commands, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Choose the instruction data that a language model should be fine-tuned on.\n\n"
-         "A **recipe** (YAML) names a pool, a few target examples, a causal LM and methods. `llmselect run RECIPE` extracts "
-         "features, selects, fine-tunes, and compares with random selection on held-out rows. Every stage resumes where it "
-         "stopped. Start with: `llmselect run recipes/quickstart`.",
+         "A recipe (YAML) names a pool of rows, a few examples of the task you care about, a causal LM, and methods to "
+         "compare. `llmselect run RECIPE` extracts features, selects rows with every method, fine-tunes on each selection, "
+         "and compares with random selection on held-out rows. Stop it when you like: the same command continues.",
+    epilog=examples(
+        "llmselect doctor                              # is this machine ready?",
+        "llmselect run recipes/quickstart              # the whole loop in minutes, on what ships with the repository",
+        "llmselect list                                # the methods",
+        "llmselect show trim                           # formula, inputs, cost and paper of one",
+        "llmselect run my.yaml budget=1000 --dry-run   # rows, bytes and minutes to expect; any setting as KEY=VALUE",
+    ) + "\n\n`llmselect COMMAND -h` explains a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
 )  # fmt: skip
 
-RecipePath = Annotated[Path, typer.Argument(help="a recipe file, or a folder that holds recipe.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. budget=10% train.tokens=100000")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check the recipe and print rows, bytes and minutes to expect")]
 
 
@@ -39,8 +56,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings print signed addresses of uploads
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of a hundred model loads hide our own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    cli_complete.prepare()
+    # The hf CLI starts its extensions by this name (`hf llmselect …`); help should show what was typed.
+    called = "hf llmselect" if Path(sys.argv[0]).stem == "hf-llmselect" else None
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, prog_name=called)
     except LlmselectError as error:
         print(f"llmselect: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -99,20 +119,46 @@ def _closing(run: Any, as_json: bool) -> None:
     print(told, file=sys.stderr if as_json else sys.stdout)
 
 
-@app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Extract, select, train and evaluate: pool to table.
+def _version(asked: bool) -> None:
+    if asked:
+        from llmselect import __version__
 
-    Example: `llmselect run recipes/quickstart seeds=[0] budget=10%`. Several processes:
-    `accelerate launch -m llmselect run RECIPE`.
+        print(f"llmselect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Options before any command; the help of all is the app's own."""
+
+
+@app.command(rich_help_panel=RUN, epilog=examples(
+    "llmselect run recipes/quickstart --dry-run                     # check it; rows, bytes and minutes to expect",
+    "llmselect run recipes/quickstart seeds=[0] budget=10%          # settings of the recipe, for this run",
+    "llmselect run runs/quickstart/config.yaml                      # a finished run again: the same bytes",
+    "accelerate launch --num_processes 8 -m llmselect run RECIPE    # several GPUs",
+))  # fmt: skip
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Extract, select, train and evaluate: from the pool to a table and a report.
+
+    The run folder (`runs/NAME`, or `out:` of the recipe) keeps every part; what is complete is not done again.
     """
     _stages(recipe, overrides, dry_run, as_json, "evaluate")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog=examples(
+    "llmselect extract recipes/quickstart",
+    "llmselect extract recipes/quickstart --repair                          # after a disk fault",
+    "torchrun --nproc_per_node 2 -m llmselect extract recipes/quickstart    # two processes on CPUs",
+))  # fmt: skip
 def extract(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False,
             repair: Annotated[bool, typer.Option(help="compute damaged shards again")] = False) -> None:  # fmt: skip
-    """Read the pool and compute the recipe's features; resumes, on any number of processes."""
+    """Read the pool and compute the recipe's features.
+
+    Any number of processes may stop, start and continue.
+    """
     if repair:
         from llmselect import recipe as recipes
         from llmselect.store import FeatureStore
@@ -124,77 +170,44 @@ def extract(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = F
     _stages(recipe, overrides, dry_run, as_json, "extract")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog=examples(
+    "llmselect select recipes/quickstart",
+    "llmselect select recipes/quickstart budget=1000 seeds=[0,1] out=runs/thousand",
+))  # fmt: skip
 def select(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Select with every method of the recipe, extracting first what is missing."""
     _stages(recipe, overrides, dry_run, as_json, "select")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog=examples("llmselect train recipes/quickstart train.tokens=20000 out=runs/longer"))
 def train(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Fine-tune a LoRA adapter on every selection, at equal tokens."""
     _stages(recipe, overrides, dry_run, as_json, "train")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog=examples("llmselect evaluate recipes/quickstart --json"))
 def evaluate(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Held-out response loss of base model and adapters, with intervals; the same as `run`."""
+    """Held-out response loss of base model and adapters, with intervals.
+
+    The last stage of a run, and so the same as `llmselect run`.
+    """
     _stages(recipe, overrides, dry_run, as_json, "evaluate")
 
 
-@app.command("list")
-def list_methods(as_json: Json = False) -> None:
-    """All selectors, extractors and schedules, also those of other installed packages."""
-    from llmselect.registry import describe, extractors, schedules, selectors
+for module in (cli_methods, cli_models, cli_benchmark, cli_ensemble, cli_push, cli_refine, cli_doctor, cli_complete,
+               cli_extension):  # fmt: skip
+    module.add_to(app)
 
-    kinds = (selectors, extractors, schedules)
-    found = {kind.kind: {n: describe(kind.get(n))["title"] for n in kind.names()} for kind in kinds}
-    if as_json:
-        print(json.dumps(found))
-        return
-    for kind, methods in found.items():
-        print(f"{kind}s")
-        for name, title in methods.items():
-            print(f"  {name:<14} {title}")
-    print("\nllmselect show NAME tells a method's formula, inputs, cost and paper.")
+sae_app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None,
+                      help="Sparse autoencoders: train one on a pool, read what its latents mean.")  # fmt: skip
+app.add_typer(sae_app, name="sae", rich_help_panel=MODELS)
 
 
-@app.command()
-def show(name: Annotated[str, typer.Argument(help="a selector, an extractor or a schedule")], as_json: Json = False) -> None:
-    """A method's formula, inputs, cost, paper and parameters."""
-    from llmselect.errors import UsageError, nearest
-    from llmselect.registry import SECTIONS, describe, extractors, schedules, selectors
-
-    homes = {name: kind for kind in (schedules, extractors, selectors) for name in kind.names()}
-    if name not in homes:
-        raise UsageError(f"no method '{name}'.{nearest(name, homes)} One of: {', '.join(homes)}")
-    about = describe(homes[name].get(name))
-    if as_json:
-        print(json.dumps(about, default=str))
-        return
-    print(f"{name}: {about['title']}\n")
-    for section in SECTIONS:
-        print(f"{section}: {about.get(section, '-')}\n")
-    print("Parameters")
-    for one in about["parameters"]:
-        print(f"  {one['name']:<16} {one['default']!s:<14} {one['help'] or one['type']}")
-
-
-cli_models.add_to(app)
-cli_benchmark.add_to(app)
-cli_ensemble.add_to(app)
-cli_push.add_to(app)
-cli_refine.add_to(app)
-
-sae_app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train one on a pool, read what its latents mean.")
-app.add_typer(sae_app, name="sae")
-
-
-@sae_app.command("train")
+@sae_app.command("train", epilog=examples("llmselect sae train recipes/mona sae.k=64 sae.tokens=50000000"))
 def sae_train(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train the SAE of the recipe's `sae:` section on its pool; resumes. Prints held-out variance unexplained, L0, dead latents.
+    """Train the SAE of the recipe's `sae:` section on its pool; resumes.
 
-    Example: `llmselect sae train recipes/mona sae.k=64 sae.tokens=50000000`.
+    Prints the variance left unexplained on held-out rows, L0 and dead latents.
     """
     from dataclasses import asdict
 
@@ -211,12 +224,15 @@ def sae_train(recipe: RecipePath, overrides: Overrides = None, as_json: Json = F
     print(json.dumps(asdict(report)) if as_json else f"{report.describe()}\nsaved: {run.folder / 'sae'}")
 
 
-@sae_app.command("describe")
+@sae_app.command("describe", epilog=examples("llmselect sae describe recipes/quickstart --latents 12,845 --rows 3"))
 def sae_describe(recipe: RecipePath, overrides: Overrides = None,
                  latents: Annotated[str | None, typer.Option(help="e.g. 12,845; default: those that decide most")] = None,
                  rows: Annotated[int, typer.Option(help="rows shown per latent")] = 5,
                  as_json: Json = False) -> None:  # fmt: skip
-    """Show the pool rows and tokens that fire latents most. Without `--latents`: the evidence of the run's MONA selections."""
+    """Show the rows and tokens that fire latents most.
+
+    Without `--latents`: those that decided most in the run's MONA selections.
+    """
     from llmselect import latents as latents_of
     from llmselect import recipe as recipes
     from llmselect import stages
@@ -226,14 +242,14 @@ def sae_describe(recipe: RecipePath, overrides: Overrides = None,
     print(json.dumps(found) if as_json else describe.text(found))
 
 
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+@app.command(rich_help_panel=RESULTS, epilog=examples("llmselect report runs/quickstart --out quickstart.html"))
+def report(folder: RunFolder,
            out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the folder")] = None,
            sample: Annotated[int, typer.Option(help="the most rows of the pool on the page")] = 4000,
            as_json: Json = False) -> None:  # fmt: skip
-    """One HTML page of a run: map of the pool, results, distributions, overlap, and every row with why it was picked.
+    """One HTML page of a run: results, a map of the pool, and rows with why they were picked.
 
-    Example: `llmselect report runs/quickstart --out report.html`. It opens without a network.
+    It opens without a network and can be mailed. `llmselect run` ends with it.
     """
     from llmselect.report import write_report
 
@@ -241,9 +257,12 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of
     print(json.dumps({"report": str(file), "bytes": file.stat().st_size}) if as_json else f"report: {file}")
 
 
-@app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(help="folders of runs")], as_json: Json = False) -> None:
-    """Overlap, source mix, lengths and scores of the selections of one or several runs."""
+@app.command(rich_help_panel=RESULTS, epilog=examples(
+    "llmselect compare runs/quickstart",
+    "llmselect compare runs/a runs/b --json",
+))  # fmt: skip
+def compare(runs: RunFolders, as_json: Json = False) -> None:
+    """Overlap, sources, lengths and scores of the selections of runs."""
     from llmselect.compare import compare as compared
 
     found = compared(runs)

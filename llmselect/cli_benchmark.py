@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from llmselect.cli_complete import argument, recipes
+from llmselect.cli_help import BENCHMARK, examples
 from llmselect.errors import LlmselectError, UsageError
 
-GridPath = Annotated[Path, typer.Argument(help="a YAML file, e.g. eval/benchmark/grid-small.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. vars.data=DIR seeds=[0]")]
+GridPath = Annotated[Path, argument("a YAML file, e.g. eval/benchmark/grid-small.yaml", "GRID", recipes)]
+Overrides = Annotated[list[str] | None, argument("settings of the grid, e.g. vars.data=DIR seeds=[0]", "KEY=VALUE")]
 Only = Annotated[list[str] | None, typer.Option(help="cells to run, e.g. method=trim,random; also model, target, budget, seed")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the cells done and missing and the time to expect")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
@@ -20,8 +22,10 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
-    app.command()(benchmark)
-    app.command()(leaderboard)
+    small = "llmselect benchmark eval/benchmark/grid-small.yaml"
+    app.command(rich_help_panel=BENCHMARK, epilog=examples(f"{small} --dry-run", f"{small} --only method=trim,random"))(benchmark)
+    board = "llmselect leaderboard eval/benchmark/cells --out eval/benchmark/leaderboard.md"
+    app.command(rich_help_panel=BENCHMARK, epilog=examples(board))(leaderboard)
 
 
 def benchmark(grid: GridPath, overrides: Overrides = None, only: Only = None, dry_run: DryRun = False,
@@ -29,7 +33,6 @@ def benchmark(grid: GridPath, overrides: Overrides = None, only: Only = None, dr
     """Measure selectors over models, targets, budgets and seeds, at equal training tokens.
 
     A cell whose file exists is skipped, so a grid may stop, continue and grow; several of these commands may run at once.
-    Example: `llmselect benchmark eval/benchmark/grid-small.yaml --only method=trim,random`.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     from llmselect.benchmark import cells, outlook
@@ -49,13 +52,10 @@ def benchmark(grid: GridPath, overrides: Overrides = None, only: Only = None, dr
         raise LlmselectError(f"{len(tally.failed)} cells failed, the first: {cell}: {why}")
 
 
-def leaderboard(cells: Annotated[Path, typer.Argument(help="folder of results, e.g. eval/benchmark/cells")],
+def leaderboard(cells: Annotated[Path, argument("folder of results, e.g. eval/benchmark/cells", "CELLS")],
                 out: Annotated[Path | None, typer.Option(help="Markdown file to write; default: print it")] = None,
                 ) -> None:  # fmt: skip
-    """The table of methods from the results of `llmselect benchmark`.
-
-    Example: `llmselect leaderboard eval/benchmark/cells --out eval/benchmark/leaderboard.md`.
-    """
+    """The table of methods from the results of `llmselect benchmark`."""
     from llmselect import atomic
     from llmselect.benchmark.leaderboard import leaderboard as made
 

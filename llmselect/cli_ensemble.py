@@ -8,21 +8,27 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from llmselect.cli_complete import argument
+from llmselect.cli_complete import runs as complete_runs
+from llmselect.cli_help import RESULTS, examples
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(ensemble)
+    example = "llmselect ensemble runs/quickstart --methods trim,rds+,mona --how rrf --out fused"
+    app.command(rich_help_panel=RESULTS, epilog=examples(example))(ensemble)
 
 
-def ensemble(runs: Annotated[list[Path], typer.Argument(help="folders of runs that have selected from one pool")],
+def ensemble(runs: Annotated[list[Path], argument("folders of runs that have selected from one pool", "RUN", complete_runs)],
              out: Annotated[str, typer.Option(help="name of the selection, beside the methods of the first run")],
              methods: Annotated[str | None, typer.Option(help="names with commas between; default: all of each run")] = None,
-             how: Annotated[str, typer.Option(help="borda, rrf (reciprocal ranks) or round_robin")] = "borda",
+             how: Annotated[str, typer.Option(help="borda, rrf (reciprocal ranks) or round_robin",
+                                             autocompletion=lambda: ["borda", "rrf", "round_robin"])] = "borda",
              budget: Annotated[str | None, typer.Option(help='rows, "5%" or tokens:200000; default: that of the methods')] = None,
              as_json: Annotated[bool, typer.Option("--json", help="print JSON for a script")] = False) -> None:  # fmt: skip
-    """One selection from several, per seed: ranks added up, or turns between the methods.
+    """One selection from several: ranks added up, or turns between the methods.
 
-    Example: `llmselect ensemble runs/a --methods rds+,less,trim --how rrf --out fused`.
+    There is one for each seed; training and reports take it like a method of the first run.
     """
     from llmselect.ensemble import How, ensemble_runs
     from llmselect.selection import Selection

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from llmselect.cli_complete import argument
+from llmselect.cli_help import MODELS, examples
 from llmselect.errors import UsageError
 
-Model = Annotated[str, typer.Argument(help="folder or Hub id of a causal LM (safetensors)")]
+Model = Annotated[str, argument("folder or Hub id of a causal LM (safetensors)", "MODEL")]
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter: folder or Hub id")]
-Engine = Annotated[str, typer.Option("--backend", help="hf (transformers) or vllm")]
+Engine = Annotated[str, typer.Option("--backend", help="hf (transformers) or vllm", autocompletion=lambda: ["hf", "vllm"])]
 Dtype = Annotated[str, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU")]
 MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's limit, at most 2048")]
 Limit = Annotated[int | None, typer.Option(help="only the first rows")]
@@ -22,13 +24,19 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
-    app.command()(generate)
-    app.command("lm-eval")(lm_eval)
+    adapter = "--adapter runs/quickstart/adapters/trim/seed-0"
+    app.command(rich_help_panel=MODELS, epilog=examples(
+        "llmselect generate MODEL prompts.jsonl answers.jsonl --limit 100",
+        f"llmselect generate MODEL prompts.jsonl answers.jsonl {adapter}",
+    ))(generate)  # fmt: skip
+    app.command("lm-eval", rich_help_panel=MODELS, epilog=examples(
+        f"llmselect lm-eval MODEL --tasks gsm8k_chat,mmlu_chat --data targets {adapter}",
+    ))(lm_eval)  # fmt: skip
 
 
 def generate(model: Model,
-             prompts: Annotated[Path, typer.Argument(help="rows of any format that pools have; answers in them are not shown")],
-             out: Annotated[Path, typer.Argument(help="JSONL file to write: id, text, tokens, finish")],
+             prompts: Annotated[Path, argument("rows of any format that pools have; answers in them are not shown", "PROMPTS")],
+             out: Annotated[Path, argument("JSONL file to write: id, text, tokens, finish", "OUT")],
              adapter: Adapter = None, backend: Engine = "hf",
              max_new_tokens: Annotated[int, typer.Option(help="tokens an answer may have")] = 256,
              temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
@@ -38,9 +46,9 @@ def generate(model: Model,
              batch_tokens: Annotated[int | None, typer.Option(help="padded tokens of a batch (hf)")] = None,
              dtype: Dtype = "auto", max_length: MaxLength = None, limit: Limit = None,
              as_json: Json = False) -> None:  # fmt: skip
-    """Answer the prompts of a file; the same command after a kill goes on where it stopped.
+    """Answer the prompts of a file.
 
-    Example: `llmselect generate MODEL gsm8k/test.jsonl answers.jsonl --adapter runs/a/train/trim-0 --limit 100`.
+    The same command after a kill goes on where it stopped.
     """
     from llmselect.generate import generate_to
 
@@ -91,9 +99,9 @@ def lm_eval(model: Model,
             dtype: Dtype = "auto", max_length: MaxLength = None, limit: Limit = None,
             chat: Annotated[bool, typer.Option(help="render prompts by the chat template")] = True,
             as_json: Json = False) -> None:  # fmt: skip
-    """Scores of LM Evaluation Harness tasks; those of `eval/suites` read local files.
+    """Scores of LM Evaluation Harness tasks (extra `eval`).
 
-    Example: `llmselect lm-eval MODEL --tasks gsm8k_chat,mmlu_chat --data targets --adapter runs/a/train/trim-0`.
+    gsm8k_chat, mmlu_chat, csqa_chat, bbh_chat and xquad_chat read files below `--data`.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # it explains its own metadata for every task

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmselect.cli_complete import RunFolder, argument
+from llmselect.cli_help import RESULTS, examples
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command of this module."""
-    app.command()(push)
+    app.command(rich_help_panel=RESULTS, epilog=examples(
+        "llmselect push runs/quickstart me/subset --dry-run                 # card and files; contacts nothing",
+        "llmselect push runs/quickstart me/subset --method trim --private   # after `hf auth login`",
+    ))(push)  # fmt: skip
 
 
-def push(run: Annotated[Path, typer.Argument(help="folder of a run that has selected")],
-         repo: Annotated[str, typer.Argument(help="dataset on the Hub: OWNER/NAME, or NAME for your own")],
+def push(run: RunFolder,
+         repo: Annotated[str, argument("dataset on the Hub: OWNER/NAME, or NAME for your own", "REPO")],
          method: Annotated[list[str] | None, typer.Option(help="only this method; may be repeated")] = None,
          create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request")] = False,
          private: Annotated[bool, typer.Option("--private", help="refused if the repository is there and public")] = False,
@@ -24,9 +29,9 @@ def push(run: Annotated[Path, typer.Argument(help="folder of a run that has sele
          adapters: Annotated[bool, typer.Option("--adapters", help="also the adapters, as a model of the same id")] = False,
          base_model: Annotated[str | None, typer.Option(help="Hub id of the model, where the run's is a folder")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="print JSON for a script")] = False) -> None:  # fmt: skip
-    """Push the selections of a run as a dataset with a card; the same command again pushes nothing new.
+    """Push the selections of a run to the Hub, as a dataset with a card.
 
-    Example: `llmselect push runs/demo me/subset --method trim --private`. The token comes from `hf auth login` or `HF_TOKEN`.
+    The same command again pushes nothing new. The token comes from `hf auth login` or `HF_TOKEN`.
     """
     from llmselect import hub
 

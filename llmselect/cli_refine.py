@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmselect.cli_complete import Overrides, RecipePath
+from llmselect.cli_help import RUN, examples
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command of this module."""
-    app.command()(refine)
+    app.command(rich_help_panel=RUN, epilog=examples(
+        "llmselect refine recipes/iterative vars.data=DIR vars.model=DIR --dry-run",
+        "llmselect refine recipes/iterative vars.data=DIR vars.model=DIR refine.rounds=4",
+    ))(refine)  # fmt: skip
 
 
-def refine(recipe: Annotated[Path, typer.Argument(help="a recipe file, or a folder that holds recipe.yaml")],
-           overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. refine.rounds=4")] = None,
+def refine(recipe: RecipePath, overrides: Overrides = None,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="check, and print rows, trainings and answers")] = False,
            as_json: Annotated[bool, typer.Option("--json", help="print JSON for a script")] = False) -> None:  # fmt: skip
-    """Select in rounds of fine-tuning, answering and scoring (the recipe's `refine:` section); resumes.
+    """Select in rounds of fine-tuning, answering and scoring; resumes.
 
-    Example: `llmselect refine recipes/iterative vars.data=DIR vars.model=DIR`. `llmselect run` does this too, and then
-    trains and compares the selection with those of other methods.
+    The recipe's `refine:` section says how. `llmselect run` does this too, and then trains on the selection and compares it
+    with those of other methods.
     """
     import warnings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,24 @@ class Plots:
         if len(values) != self.selection.n:
             raise UsageError(f"{name}: {len(values)} rows given; this selection is from a pool of {self.selection.n}")
         return values
+
+
+def overlap(selections: Mapping[str, Selection], ax: Any = None) -> Any:
+    """Jaccard overlap of every two selections, as a matrix of numbers on shades; returns the `Axes`.
+
+    Errors: `MissingExtra` without matplotlib; `UsageError` for selections from different pools.
+    """
+    names = list(selections)
+    shared = np.array([[selections[a].overlap(selections[b]) for b in names] for a in names]).reshape(len(names), -1)
+    ax = _axes(ax)
+    ax.imshow(shared, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(shared.shape):
+        ax.text(j, i, f"{shared[i, j]:.2f}", ha="center", va="center", color="white" if shared[i, j] > 0.6 else "black")
+    plain = [name.replace("$", r"\$") for name in names]
+    ax.set_xticks(range(len(names)), plain, rotation=45, ha="right")
+    ax.set_yticks(range(len(names)), plain)
+    ax.set_title("overlap (Jaccard)")
+    return ax
 
 
 def _axes(ax: Any) -> Any:

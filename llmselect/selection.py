@@ -20,6 +20,7 @@ from llmselect.errors import LlmselectError, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from llmselect.notebook import Table
     from llmselect.plots import Plots
 
 _ALLOWED = 'give a number of rows, "5%", {fraction: 0.05} or {tokens: 200000}'
@@ -130,6 +131,15 @@ class Selection:
         from llmselect.notebook import selection_html
 
         return selection_html(self)
+
+    def show(self, pool: Dataset, rows: int = 5, start: int = 0) -> Table:
+        """For a notebook: the texts of the rows from rank `start`, with their sources, scores and evidence.
+
+        Errors: `LlmselectError` when `pool` is not the pool selected from.
+        """
+        from llmselect.notebook import rows_table
+
+        return rows_table(self, pool, rows, start)
 
     @property
     def plot(self) -> Plots:

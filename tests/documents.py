@@ -88,6 +88,7 @@ def check(words: list[str]) -> list[list[str]]:
         script = told.params.get("command") or []
         return [one for inner in commands(script[-1]) for one in check(inner)] if script[:2] == ["bash", "-c"] else []
     checks = {"make": _make, "python": _python, "pip": _pip, "sbatch": _sbatch, ".ci/run": _nothing, ".venv/bin/python": _pytest}
+    checks["jupyter"] = _jupyter
     checks[program](rest)
     return []
 
@@ -140,6 +141,10 @@ def _pip(rest: list[str]) -> None:
     for word in rest:
         for names in re.findall(r"llmselect\S*\[([\w,]+)\]", word):
             assert set(names.split(",")) <= set(extras), f"{word}: extras are {list(extras)}"
+
+
+def _jupyter(rest: list[str]) -> None:
+    assert rest[0] == "lab" and (ROOT / rest[1]).is_dir(), rest
 
 
 def _sbatch(rest: list[str]) -> None:

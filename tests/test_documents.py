@@ -31,6 +31,9 @@ NOT_RUN = {
     "lm-eval": "tests/test_lm_eval.py runs it",
     "push": "needs the Hub; with --dry-run it is run here, tests/test_hub.py runs it against a server",
     "sae": "tests/test_sae.py runs it",
+    "doctor": "measures this machine for seconds; its own tests run it",
+    "completion": "its own tests read the script that it prints",
+    "hf-extension": "writes into the home folder; its own tests give it another",
 }  # fmt: skip
 ELSEWHERE = {"recipes/dynamic/README.md": "tests/test_dynamic.py runs it in a process of its own, and looks at what it prints"}
 SMALLER = (("tokens=30000", "tokens=150"), ("clusters=32", "clusters=3, probe=1, max_new_tokens=4"),

@@ -53,8 +53,12 @@ LEVELS = (
         "benchmark",
         "estimate",
         "preflight",
+        "doctor",
+        "heat",
+        "speed",
     },
-    {"cli", "cli_benchmark", "cli_ensemble", "cli_models", "cli_push", "cli_refine", "__main__"},
+    {"cli", "cli_benchmark", "cli_complete", "cli_doctor", "cli_ensemble", "cli_extension", "cli_help"}
+    | {"cli_methods", "cli_models", "cli_push", "cli_refine", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 APART = {"extractors", "selectors"}

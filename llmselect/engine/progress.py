@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from html import escape
+from typing import Any
 
 log = logging.getLogger("llmselect")
 
@@ -22,8 +24,10 @@ class Progress:
         self.fresh, self.rows, self.start = 0, 0, time.monotonic()
         self.last = self.start
         self.bar = None
-        if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-            from tqdm.auto import tqdm
+        if show and "ipykernel" in sys.modules:
+            self.bar = NotebookBar(self)
+        elif show and sys.stderr.isatty():
+            from tqdm import tqdm
 
             self.bar = tqdm(total=self.total, initial=done, desc=label, unit=unit, unit_scale=True, leave=False)
 
@@ -46,6 +50,46 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         return time.monotonic() - self.start
+
+
+class NotebookBar:
+    """One output of a notebook's cell that is written anew: a bar, and in the end a line that stays.
+
+    A bar of text would leave hundreds of lines in a saved notebook, and one of ipywidgets, saved, stands at 0 % for ever.
+    """
+
+    def __init__(self, progress: Progress, every: float = 0.25):
+        self.progress, self.every, self.drawn = progress, every, time.monotonic()
+        self.handle = _display({"text/html": self.html(), "text/plain": progress.label})
+
+    def update(self, work: int) -> None:
+        """Draw what `progress` has come to, at most every `every` seconds."""
+        if time.monotonic() - self.drawn >= self.every:
+            self.drawn = time.monotonic()
+            self._draw(self.html(), self.progress.label)
+
+    def close(self) -> None:
+        """Leave one line: what was done, in what time."""
+        p = self.progress
+        told = f"{p.label}: {p.rows:,} in {duration(time.monotonic() - p.start)}" if p.fresh else f"{p.label}: done before"
+        self._draw(f"<small>{escape(told)}</small>", told)
+
+    def html(self) -> str:
+        """The bar as it stands."""
+        p = self.progress
+        share = min(1.0, p.done / p.total)
+        left = f", {duration(p.eta())} left" if p.fresh else ""
+        return (f"<small>{escape(p.label)}</small> <progress value='{share:.3f}' max='1'></progress> "
+                f"<small>{share:.0%}{left}</small>")  # fmt: skip
+
+    def _draw(self, html: str, plain: str) -> None:
+        self.handle.update({"text/html": html, "text/plain": plain}, raw=True)
+
+
+def _display(shown: dict[str, str]) -> Any:
+    from IPython.display import display  # there wherever ipykernel runs
+
+    return display(shown, raw=True, display_id=True)
 
 
 def duration(seconds: float) -> str:

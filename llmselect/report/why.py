@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from llmselect.heat import TOPS, parts
 from llmselect.report.views import View
 from llmselect.stages import Run
 
 log = logging.getLogger("llmselect")
-AROUND = 8  # tokens shown on either side of a token that scored
 MOST = 8  # numbers shown of an array that nothing is known about
 _TARGET_ROWS = ("nearest", "query")
-_TOPS = ("top_position", "top_token", "top_class", "top_score")
 
 
 class Explainer:
@@ -44,7 +43,7 @@ class Explainer:
     def of_selected(self, view: View, ranks: np.ndarray, messages: Sequence[Any]) -> list[list[dict[str, Any]]]:
         """Entries of the rows at `ranks` of a selection, whose chats are `messages`."""
         evidence = {name: values[ranks] for name, values in view.selection.evidence.items()}
-        tops = {name: evidence.pop(name) for name in _TOPS if name in evidence}
+        tops = {name: evidence.pop(name) for name in TOPS if name in evidence}
         groups, quotas = self._groups(view, evidence, len(ranks)), "quota" in evidence
         evidence = {name: values for name, values in evidence.items() if name not in ("group", "quota")}
         heat = self._heat(view, tops, messages, groups)
@@ -58,9 +57,9 @@ class Explainer:
         if feature is None or not len(rows) or feature not in self.run.store.names():
             return none
         arrays = self.run.store.open(feature).spec["arrays"]
-        if not all(name in arrays for name in _TOPS):
+        if not all(name in arrays for name in TOPS):
             return none
-        tops = {name: self.run.store[f"{feature}.{name}"][rows] for name in _TOPS}
+        tops = {name: self.run.store[f"{feature}.{name}"][rows] for name in TOPS}
         return self._heat(view, tops, messages, [None] * len(rows))
 
     def _feature(self, view: View) -> str | None:
@@ -110,7 +109,7 @@ class Explainer:
     def _heat(self, view: View, tops: dict[str, np.ndarray], messages: Sequence[Any],
               groups: Sequence[str | None]) -> list[list[dict[str, Any]]]:  # fmt: skip
         """Token heat of each row, for the group that picked it, else the group that scores it highest."""
-        if not all(name in tops for name in _TOPS):
+        if not all(name in tops for name in TOPS):
             return [[] for _ in messages]
         names = self._columns(view)
         encoder = self._encoder(view)
@@ -120,29 +119,8 @@ class Explainer:
             at = names.index(group) if (group := groups[i]) in names and group else int(tops["top_score"][i].max(1).argmax())
             top = {name: values[i][min(at, len(values[i]) - 1)] for name, values in tops.items()}
             entry = {"kind": "heat", "name": "tokens", "group": names[at] if at < len(names) else str(at)}
-            found.append([{**entry, "parts": _parts(top, None if rows is None else rows[i].ids, encoder)}])
+            found.append([{**entry, "parts": parts(top, None if rows is None else rows[i].ids, encoder)}])
         return found
-
-
-def _parts(top: dict[str, np.ndarray], ids: np.ndarray | None, encoder: Any) -> list[list[Any]]:
-    """`[text, score]` in order: the tokens that scored, and what stands around them with score null.
-
-    Token numbers, best first, where there is no tokenizer or it is not the one that made these tokens.
-    """
-    kept = [i for i in range(len(top["top_position"])) if top["top_position"][i] >= 0]
-    found = {int(top["top_position"][i]): (int(top["top_token"][i]), round(float(top["top_score"][i]), 4)) for i in kept}
-    if ids is None or any(at >= len(ids) or ids[at] != token for at, (token, _) in found.items()):
-        return [[f"token {token} ", score] for token, score in found.values()]
-    text = lambda part: encoder.tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False)  # noqa: E731
-    parts: list[list[Any]] = []
-    end = 0
-    for at in sorted(found):
-        start = max(end, at - AROUND)
-        parts.append([("… " if start > end else "") + text(ids[start:at]), None])
-        parts.append([text(ids[at : at + 1]), found[at][1]])
-        end = at + 1
-    parts.append([text(ids[end : end + AROUND]) + (" …" if end + AROUND < len(ids) else ""), None])
-    return [part for part in parts if part[0]]
 
 
 def _latents(evidence: dict[str, Any]) -> dict[str, Any]:
