@@ -4,7 +4,7 @@ export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint docs install clean
 
 quickstart: install  ## the whole loop on a tiny model: extract, select, train, evaluate; prints its table
 	$(BIN)/llmselect run recipes/quickstart/recipe.yaml
@@ -15,6 +15,9 @@ test: install  ## every test that takes seconds, on two cores
 lint: install  ## ruff and pyright, no exclude list
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: install  ## the tables of README.md and recipes/papers.md anew, from the methods' docstrings
+	$(BIN)/python recipes/generated.py
 
 install:  ## does nothing when .venv is already as pyproject.toml and .ci/constraints.txt say
 	@.ci/install

@@ -64,7 +64,7 @@ def count_rows(recipe: Recipe) -> int:
     from llmselect.readers import read
 
     limit, count = recipe.pool.limit or float("inf"), 0
-    for _ in read(recipe.pool.path, recipe.pool.split, recipe.pool.max_row_bytes):
+    for _ in read(recipe.pool.path, recipe.pool.split, recipe.pool.max_row_bytes, recipe.pool.subset):
         count += 1
         if count >= limit:
             break

@@ -93,7 +93,7 @@ class _Quarantine:
 
 
 def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: str | None = None, split: str = "train",
-              source_name: str | None = None, limit: int | None = None, max_invalid: float = 0.001,
+              subset: str | None = None, source_name: str | None = None, limit: int | None = None, max_invalid: float = 0.001,
               max_row_bytes: int = 1_000_000, workdir: Path | str | None = None, against: Iterable[Dataset] = (),
               quarantine: Path | str | None = None) -> tuple[Dataset, PoolReport]:  # fmt: skip
     """`load_pool`, with the account of every row."""
@@ -105,7 +105,7 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
     contamination = Contamination()
     for data in against:
         contamination.add(data)
-    rows = _accepted(read(source, split, max_row_bytes), columns, source_name, limit, max_row_bytes, report, rejects)
+    rows = _accepted(read(source, split, max_row_bytes, subset), columns, source_name, limit, max_row_bytes, report, rejects)
     clean = _distinct(rows, contamination, report, rejects)
     file = _write(folder / "pool.arrow", clean, group, report)
     rejects.close()
@@ -154,7 +154,7 @@ def load_pool(source: Any, **options: Any) -> Dataset:
             iterable of rows.
         columns: a column map such as `{"prompt": "question", "response": "answer"}`, where the names are not known.
         group: makes it a target: the task that its rows belong to.
-        split: of a Hub dataset.
+        split, subset: of a Hub dataset (`subset` is the configuration, e.g. `main`).
         source_name: `source` of rows that name none.
         limit: read only the first rows.
         max_invalid: share of invalid rows above which loading stops, with examples.

@@ -17,7 +17,7 @@ from llmselect.arrays import fold_ids
 from llmselect.errors import LlmselectError
 from llmselect.hub.origin import noted
 from llmselect.readers import stamps
-from llmselect.sources import PoolSource
+from llmselect.sources import PoolSource, identity
 from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def prepare(run: Run) -> None:
 def _prepare(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
-    key = config.fingerprint({"pool": config.to_dict(recipe.pool), "model": config.to_dict(recipe.model),
-                              "targets": config.to_dict(recipe.targets), "files": stamps(places)})  # fmt: skip
+    key = config.fingerprint({"pool": identity(recipe.pool), "model": config.to_dict(recipe.model),
+                              "targets": {name: identity(one) for name, one in recipe.targets.items()},
+                              "files": stamps(places)})  # fmt: skip
     done = folder / "rows.json"
     if done.exists() and json.loads(done.read_text())["key"] == key:
         return
@@ -60,20 +61,20 @@ def _read_rows(run: Run) -> dict[str, Any]:
     source: PoolSource = recipe.pool
     evaluation = []
     for name, task in recipe.targets.items():
-        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid}
+        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid, "subset": task.subset}
         dev, account[f"targets.{name}"] = read_pool(
-            task.dev, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
+            task.dev, split=task.dev_split, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
         )
         evaluation.append(dev)
         if task.test:
             test, account[f"tests.{name}"] = read_pool(
-                task.test, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
+                task.test, split=task.test_split, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
             )
             evaluation.append(test)
     _, account["pool"] = read_pool(
-        source.path, columns=source.columns, split=source.split, limit=source.limit, max_invalid=source.max_invalid,
-        max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool", against=evaluation if source.decontaminate else (),
-        quarantine=run.folder / "quarantine.jsonl",
+        source.path, columns=source.columns, split=source.split, subset=source.subset, limit=source.limit,
+        max_invalid=source.max_invalid, max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool",
+        against=evaluation if source.decontaminate else (), quarantine=run.folder / "quarantine.jsonl",
     )  # fmt: skip
     return {name: report.plain() for name, report in account.items()}
 

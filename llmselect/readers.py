@@ -49,8 +49,8 @@ def stamps(places: list[str]) -> dict[str, list[int]]:
     return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 
-def read(source: Any, split: str, max_row_bytes: int) -> Iterator[tuple[str, Raw]]:
-    """Yield `(default source name, (origin, row))` over a source of any kind."""
+def read(source: Any, split: str, max_row_bytes: int, subset: str | None = None) -> Iterator[tuple[str, Raw]]:
+    """Yield `(default source name, (origin, row))` over a source of any kind; `split` and `subset` are of a Hub dataset."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.exists() or means_file(str(source)):
@@ -60,21 +60,22 @@ def read(source: Any, split: str, max_row_bytes: int) -> Iterator[tuple[str, Raw
                 for raw in read_file(file, max_row_bytes):
                     yield stem, raw
             return
-        source, name = _hub(str(source), split), str(source).split("/")[-1]
+        source, name = _hub(str(source), split, subset), str(source).split("/")[-1]
     else:
         name = "dataset"
     for i, row in enumerate(source):
         yield name, (f"{name}[{i}]", row)
 
 
-def _hub(name: str, split: str) -> Any:
+def _hub(name: str, split: str, subset: str | None) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(name, subset, split=split)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"pool: cannot load dataset {name!r} (split {split!r}) from the Hub: {first}") from error
+        which = f"split {split!r}" + (f" of subset {subset!r}" if subset else "; some need a subset, e.g. pool.subset=main")
+        raise UsageError(f"pool: cannot load dataset {name!r} ({which}) from the Hub: {first}") from error
 
 
 def read_file(path: Path, max_row_bytes: int) -> Iterator[Raw]:

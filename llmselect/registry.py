@@ -18,7 +18,7 @@ from llmselect.errors import LlmselectError, UsageError, nearest
 
 log = logging.getLogger("llmselect")
 C = TypeVar("C", bound=type)
-SECTIONS = ("Paper", "Objective", "Inputs", "Cost", "Deviations", "Defaults")
+SECTIONS = ("Paper", "Objective", "Inputs", "Cost", "Deviations", "Defaults", "Use")
 
 
 class Registry:

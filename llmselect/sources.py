@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llmselect.readers import means_file
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class PoolSource:
     path: str = field(metadata={"help": "file, folder or Hub id"})
     columns: dict[str, str] | None = field(default=None, metadata={"help": "column map, e.g. {prompt: question}"})
     split: str = "train"
+    subset: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset, e.g. main"})
     limit: int | None = field(default=None, metadata={"help": "read only the first rows"})
     max_invalid: float = field(default=0.001, metadata={"help": "share of bad rows that stops the run"})
     max_row_bytes: int = 1_000_000
@@ -38,5 +42,19 @@ class TargetSource:
     dev: str
     test: str | None = None
     columns: dict[str, str] | None = None
+    subset: str | None = field(default=None, metadata={"help": "configuration of Hub datasets, e.g. main"})
+    dev_split: str = field(default="train", metadata={"help": "of a Hub dataset"})
+    test_split: str = field(default="test", metadata={"help": "of a Hub dataset"})
     dev_limit: int | None = None
     test_limit: int | None = None
+
+
+def identity(source: PoolSource | TargetSource) -> dict[str, Any]:
+    """The settings that decide which rows a source gives.
+
+    `subset` and the splits of targets are left out where they are not read, so that runs made before there were any count.
+    """
+    places = [source.path] if isinstance(source, PoolSource) else [source.dev, *([source.test] if source.test else [])]
+    local = all(Path(place).expanduser().exists() or means_file(place) for place in places)
+    unread = {"dev_split", "test_split", "subset"} if local else set()
+    return {key: value for key, value in asdict(source).items() if key not in unread and (key, value) != ("subset", None)}

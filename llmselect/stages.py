@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class Run:
         import torch
         from accelerate import PartialState
 
-        return PartialState(cpu=not torch.cuda.is_available())
+        # The others wait while the first reads the pool or selects, which may take hours; torch's patience is ten minutes.
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
 
     @cached_property
     def store(self) -> FeatureStore:

@@ -133,6 +133,14 @@ def supervised_nll(model: Any, head: Any, inputs: dict[str, Any]) -> Tensor:
     return cross_entropy(logits.float(), told[keep], reduction="sum")
 
 
+def gathered(model: Any) -> dict[str, Tensor] | None:
+    """The trained weights by name, whole, where FSDP has sharded them; None where it has not. Every process calls this."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(hasattr(p, "full_tensor") for p in trained.values()):
+        return None
+    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu() for name, p in trained.items()}
+
+
 def run(trainer: Any, rows: Dataset) -> float:
     """Train; returns the mean over steps of the loss.
 
@@ -153,7 +161,8 @@ def run(trainer: Any, rows: Dataset) -> float:
                                  f"type train.micro_tokens={max(1, trainer.micro_tokens // 2)}") from error  # fmt: skip
         raise
     step = trainer.state.global_step
-    sound = all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad)
+    mine = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters() if p.requires_grad)
+    sound = all(bool(p.isfinite().all()) for p in mine)
     if bad is not None or not sound:
         # Weights that were not finite before this step were spoilt by the update of the one before.
         raise _refusal(trainer, rows, step if sound else step - 1, "loss" if sound else "update")

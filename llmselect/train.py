@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -168,8 +169,11 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     """
     out, provenance = Path(out), dict(provenance or {})
     validate(train)
+    if train.checkpoints and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UsageError("train.checkpoints: the optimizer's state is sharded under FSDP; launch warm-ups without it, "
+                         "e.g. with recipes/launch/ddp.yaml")  # fmt: skip
     from llmselect.engine.backbone import Backbone
-    from llmselect.token_trainer import keep_checkpoints, run
+    from llmselect.token_trainer import gathered, keep_checkpoints, run
 
     backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
     ids = list(rows["id"])
@@ -189,8 +193,9 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
         loss = run(trainer, rows)
         seconds = time.monotonic() - start
         result = TrainResult(str(out), len(plan.steps), plan.tokens, round(plan.epochs, 4), loss, seconds)
+        weights = gathered(trainer.model)
         if trainer.accelerator.is_main_process:
-            _save(trainer, out, key, result, {**provenance, "rows": len(rows)}, Path(scratch))
+            _save(trainer, weights, out, key, result, {**provenance, "rows": len(rows)}, Path(scratch))
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -269,13 +274,13 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, scratch: st
         raise UsageError(f"train: {str(error).strip().splitlines()[0]}") from error
 
 
-def _save(trainer: Any, out: Path, key: dict[str, Any], result: TrainResult, provenance: dict[str, Any],
-          scratch: Path) -> None:  # fmt: skip
+def _save(trainer: Any, weights: dict[str, Any] | None, out: Path, key: dict[str, Any], result: TrainResult,
+          provenance: dict[str, Any], scratch: Path) -> None:  # fmt: skip
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     with atomic.replace_dir(out) as beside:
-        trainer.model.save_pretrained(beside, safe_serialization=True)
+        trainer.model.save_pretrained(beside, safe_serialization=True, state_dict=weights)
         adapter_card.sort_modules(beside)
         settings = {"LoRA": LORA | key["train"]["lora"], "SFT": SFT | key["train"]["sft"]}
         card = adapter_card.card(key, settings, asdict(result), provenance, versions)

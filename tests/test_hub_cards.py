@@ -232,7 +232,7 @@ def test_a_pool_of_the_hub_hands_on_what_its_card_states(server, tmp_path, head,
 
 def test_a_run_keeps_the_revision_that_it_read(server, hub_run, tmp_path, monkeypatch):
     rows = [{"messages": chat} for chat in tiny.chats(12)]
-    monkeypatch.setattr("llmselect.readers._hub", lambda name, split: rows)
+    monkeypatch.setattr("llmselect.readers._hub", lambda name, split, subset: rows)
     cache_card(tmp_path, "old", "license: odc-by")
     plain = {"name": "r", "out": str(tmp_path / "run"), "model": {"path": hub_run.recipe.model.path, "max_length": 96},
              "pool": {"path": "org/pool"}, "targets": {"t": {"dev": hub_run.recipe.targets["t"].dev}},

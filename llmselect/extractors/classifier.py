@@ -9,6 +9,7 @@ Cost: one forward of that model over the pool; 4·L bytes a row.
 Deviations: a model with a chat template gets the row as a chat; one without, the texts of the messages with an empty line
     between them. Rows of more tokens than the model reads are cut at their end.
 Defaults: all labels, logits.
+Use: a reward model, a quality scorer or a tagger for this kind of rows exists.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Deviations: two adapters on one base, trained on equal numbers of supervised tok
     from the prior. Rows that are in the target too would score too high: a recipe drops them (`pool.decontaminate`), there is
     no cross-fitting.
 Defaults: both `trained`.
+Use: a target with rows enough to fine-tune on.
 """
 
 from __future__ import annotations

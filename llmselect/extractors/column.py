@@ -10,6 +10,7 @@ Cost: one more reading of the files, and 16 bytes and the value of every row in 
 Deviations: of rows with the same messages the first one counts. A row without a number is left out of selections, a row without
     tags has none.
 Defaults: numbers; every tag that stands in at least one row.
+Use: scores or tags are there already: from a published dataset, from another tool.
 """
 
 from __future__ import annotations

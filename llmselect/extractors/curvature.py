@@ -12,6 +12,7 @@ Deviations: Hz = [g(x + hz) - g(x - hz)] / 2h, a central difference: one pass mo
     with an error of h² instead of h; h is a share of ‖x‖. The papers are about images, where x is the input itself.
 Defaults: the sign of the gradient, h = 3·10⁻⁵·‖x‖: at 10⁻³ the loss of some rows has bent otherwise, at 10⁻⁵ rounding
     shows. In bfloat16 the difference is rounding alone, so it is refused.
+Use: scores for `ccs`, or the sharpest rows left out as noise; no target.
 """
 
 from __future__ import annotations

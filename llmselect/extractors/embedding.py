@@ -10,6 +10,7 @@ Deviations: the mask is applied before weighting, so padding cannot enter (the r
     it); rows are stored with unit length, which cosine ignores and half precision needs (states of middle layers can
     pass 65,504).
 Defaults: `weighted`, last layer, every token of the row with its chat marks, as RDS+ does.
+Use: the dense feature for `similarity`, clusters, `dedup:` and the map of the report.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Deviations: Adam's own formula, with bias correction and ε outside the root; `r
     The sketch is one-sided (mode `base`) plus a fold instead of a dense Rademacher matrix. Without a checkpoint, mode
     `lora` takes a new adapter, whose A has no gradient yet.
 Defaults: mode `base`, k = 64, dim 8192, int8.
+Use: LESS, TAROT, TAGCOS: where a backward pass per checkpoint is affordable.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Cost: `jvp` one forward pass with tangents per group over the pool, `difference`
     the rows of the Fisher. The directions take as much memory as the chosen layers, per group.
 Deviations: v is scaled to unit length, so values are cosines times gradient norms.
 Defaults: `jvp`, all linear layers of the blocks, damping 0.1 of the mean Λ, 256 rows for the Fisher, ε = 1e-2.
+Use: a derivative along the target rather than a likeness; `lazy: true` under `quad`.
 """
 
 from __future__ import annotations

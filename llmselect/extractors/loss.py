@@ -11,6 +11,7 @@ Deviations: without its prompt a turn keeps the one token before it (its opening
     over the same tokens; the published code drops the first token instead. EL2N is the mean over tokens, at this one
     model instead of several early in training (`trajectory` has it at checkpoints).
 Defaults: both passes.
+Use: scores without a target (perplexity, IFD, entropy, EL2N), and the `quality` of other methods.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Cost: the forward up to that layer and one encode per token, shared with other f
 Deviations: where the paper is silent: prompt and response tokens, without special and chat-template tokens; states
     encoded in fp32. `top` keeps only the largest latents of a row, an approximation.
 Defaults: scope `all`, every latent.
+Use: `mona`; tags for `instag`, `mig` and `mass` where there are no others.
 """
 
 from __future__ import annotations

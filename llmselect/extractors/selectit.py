@@ -14,6 +14,7 @@ Deviations: the prompts are ours. The ratings' own probabilities are scaled to s
     role. Where the prompt does not fit into `max_length`, the end of the answer is cut, then that of the instruction.
     `expected` is ours: as finely graded a rating without the penalties.
 Defaults: five prompts, ratings 1 to 5, alpha 0.2, as in the paper.
+Use: a model that follows instructions and no target; ratings are only as good as that model.
 """
 
 from __future__ import annotations

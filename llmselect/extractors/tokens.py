@@ -7,6 +7,7 @@ Inputs: the tokenizer and its chat template; no weights are loaded.
 Cost: tokenisation; 20 bytes a row.
 Deviations: none.
 Defaults: `max_length` of the model, at most 2048.
+Use: every run has it: what budgets in tokens and equal training are counted in.
 """
 
 from __future__ import annotations

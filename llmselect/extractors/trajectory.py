@@ -9,6 +9,7 @@ Cost: one forward per checkpoint over the same encoded batches, with the LM head
     checkpoint.
 Deviations: checkpoints of LoRA, where the papers fine-tune all weights of a small proxy; any model that fits is one.
 Defaults: with the base model.
+Use: `cld`, LTC and S2L.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ Deviations: the map from entropy to Q, the normalisation of K, λ, its space and
     maximum would be a constant. Duplicate target rows count once. A class whose saliency is 0 throughout has no
     direction and counts as absent.
 Defaults: α_weight ½, w = ½, λ = 0.5, last 4 layers, pool scope `response`, target scope `all`.
+Use: 5 to 10 target examples per task, one forward pass, and a wish to see which tokens decided.
 """
 
 from __future__ import annotations

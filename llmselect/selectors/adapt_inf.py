@@ -10,6 +10,7 @@ Deviations: text scores (loss, EL2N, IFD, gradient norm) instead of image ground
     to 3 standard deviations, what lies outside in the outer ones. The order is nested: rounds over the clusters. Permanent
     pruning is `dedup:`.
 Defaults: a cluster per 200 rows, 2 to 100; 50 bins, β = 0.1, large scores are the hard ones.
+Use: no target, gradients and several scores at hand, none of which is known to suit the whole pool.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Inputs: `groups [n]`, the source, or cluster, of each row.
 Cost: O(n log n).
 Deviations: the order is nested: every prefix has waterfill shares up to the one row that the division leaves over.
 Defaults: none.
+Use: always, beside `random`, as a baseline; alone where all sources count and their sizes differ.
 """
 
 from __future__ import annotations

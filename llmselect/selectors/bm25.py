@@ -12,6 +12,7 @@ Cost: two readings of the non-zeros, O(m) each in the second (O(G) for `mean`); 
 Deviations: terms are hashed n-grams, so that colliding ones count as one; the idf has the 1 inside that keeps it
     positive.
 Defaults: k₁ = 1.2, b = 0.75; round robin, because scores of different queries are not comparable.
+Use: target examples that share words with the rows looked for; no model, no GPU.
 """
 
 from __future__ import annotations

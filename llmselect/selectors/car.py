@@ -8,6 +8,7 @@ Cost: O(n log n).
 Deviations: a budget of k rows instead of n₁ and n₂: a `share` of the places goes to the best rows of all, the others to
     rounds over the clusters, the cluster whose next row is best first; every row once. The order is nested.
 Defaults: half and half (ours).
+Use: a score that is trusted, and topics or sources of which none should be lost.
 """
 
 from __future__ import annotations

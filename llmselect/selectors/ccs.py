@@ -11,6 +11,7 @@ Deviations: the order is nested: rounds over the strata, so that every prefix ha
     `quantile` cuts at equal counts, `log` at equal widths of log(1 + (x - min) / median(x - min)), the median over
     rows above the minimum.
 Defaults: β = 0.1, 50 strata of equal width, the largest scores are the hardest (loss, gradient norm).
+Use: no target, a difficulty score, and a small budget, for which the hardest rows alone would be noise.
 """
 
 from __future__ import annotations

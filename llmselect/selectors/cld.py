@@ -12,6 +12,7 @@ Deviations: a row whose loss does not move, to 1e-6 of its size, has r = 0. Evid
     numbers correlated, about normal for a row of noise. Take 16 to 24 checkpoints: with 4 (3 differences) one noise row
     in seven has r > 0.9.
 Defaults: differences; turns between groups.
+Use: target examples, and a warm-up of which 16 or more checkpoints can be kept.
 """
 
 from __future__ import annotations

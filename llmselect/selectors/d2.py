@@ -9,6 +9,7 @@ Cost: the kNN graph (FAISS); O(n · neighbours · log n) time, 16 bytes an edge.
 Deviations: neighbours of either side are neighbours. Difficulties are shifted so that the smallest is 0; a constant one
     ranks nothing, and rows then go by id.
 Defaults: 10 neighbours, γ_f = γ_r = 1; the paper tunes both.
+Use: no target; a difficulty score that near rows should confirm.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Inputs: `x [n, d]`, an embedding; `quality [n]`, the score (in the paper complex
 Cost: O(rows reached · k · d) time in blocks, O(n + k·d) memory; one more reading of `x` checks it.
 Deviations: where fewer than k rows are far enough apart, the rejected ones follow in the order of their scores.
 Defaults: limit 0.9, as in the paper.
+Use: a quality score, and a pool with many near copies.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Deviations: on rows of very different lengths the published weight is a length s
     1e-8 added to p and q before the log, rows below 100 words left out, κ = 1. Rows left out, and rows without
     n-grams, come last where the budget reaches them.
 Defaults: μ = 2000, a customary Dirichlet prior; κ solved.
+Use: target examples, no GPU, or a pool too large for one pass of a model.
 """
 
 from __future__ import annotations

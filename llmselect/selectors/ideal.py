@@ -8,6 +8,7 @@ Cost: the kNN graph (FAISS), and the sets sampled, n · `rounds` times the mean 
 Deviations: the spread is estimated once, on `rounds` sets of rows that reach each row, and covered greedily: the same
     objective as simulating cascades for every candidate.
 Defaults: 10 neighbours, 10 rounds.
+Use: no target; rows that stand for those around them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Cost: every non-zero is read twice, O(tags) memory: the pass of a row follows fr
     nothing.
 Deviations: tags are any non-negative feature (an SAE's latents too); rows without a tag come last.
 Defaults: no hyper-parameters.
+Use: tags (or SAE latents) and a wish for breadth; no target.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Inputs: `x [n, d]`, an embedding; `quality [n]` for `kmq`, higher is better.
 Cost: FAISS k-means on 256 rows a cluster, one GEMM n × K × d to assign, O(n log n). x is read in blocks.
 Deviations: the paper leaves the map from quality to probability open; ours is above. Clusters on unit rows.
 Defaults: K by the best silhouette among powers of two up to a quarter of the budget; τ = 1 (a standard deviation).
+Use: no target; a pool of many topics, with a score (`kmq`) or without one.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Inputs: `cost [n]`.
 Cost: O(n).
 Deviations: length in tokens of the model that will be tuned, not in characters.
 Defaults: longest.
+Use: as a control: a score that does not beat it may be a length score.
 """
 
 from __future__ import annotations

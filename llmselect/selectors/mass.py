@@ -9,6 +9,7 @@ Cost: O(non-zeros · tags of a target row); A is sparse.
 Deviations: ours throughout. Values below `threshold` count as 0, others as they are, or as 1 with `binary`. `per_tag` divides
     the score by ‖s‖₁ of the tags that are left, or rows with many tags always win.
 Defaults: binary above 0, edges 1, per tag.
+Use: tags of pool and target, where it matters which occur together.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Deviations: the similarity of two tags is the cosine of their columns in the poo
     (memory: the pairs of tags that occur together; `tau: null` leaves tags apart). Negative qualities are shifted so
     that the smallest is 0.
 Defaults: τ = 0.9, α = 1, exponent 0.8, as in the paper.
+Use: tags and a quality score; no target.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Cost: the kNN graph (FAISS); lazy greedy, O(edges) for the few gains that may st
 Deviations: gains count neighbours only, as in `facility_location`. So that α weighs numbers of one size, gains are divided by
     the largest first gain, and qualities scaled to [0, 1] by their minimum and maximum.
 Defaults: α = 0.5, 64 neighbours.
+Use: a quality score and a subset that still covers the pool; `alpha` weighs the two.
 """
 
 from __future__ import annotations

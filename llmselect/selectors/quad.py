@@ -11,6 +11,7 @@ Cost: k-means; rewards of the rows scored, in one request a round; O(clusters) a
 Deviations: α, γ and τ are open in the paper: ours scale themselves. A cluster that is small is used up, not left out. The last
     pull accepted gives its best rows, so that the budget is exact. Rows whose reward is not finite are passed over.
 Defaults: a cluster per 200 rows, pulls of 5 % of a cluster but at least 8 rows, α = 0.5, τ the running median of pull means.
+Use: influence on a target is wanted and costs too much for every row.
 """
 
 from __future__ import annotations

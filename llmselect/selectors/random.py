@@ -6,6 +6,7 @@ Inputs: none (the number of rows).
 Cost: O(n).
 Deviations: a row's draw depends on (seed, row id) alone, so permuting or sharding the pool changes nothing.
 Defaults: none.
+Use: always: nothing else shows whether a method gains anything.
 """
 
 from __future__ import annotations

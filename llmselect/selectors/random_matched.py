@@ -9,6 +9,7 @@ Deviations: nested: row r of a bin of weight w comes at (r + u) / w, so every pr
     starts at a random point of its first turn. Rows shorter or longer than every target row come last, nearest length
     first. A row's draw depends on (seed, row id) alone.
 Defaults: ten bins.
+Use: as a control, where the responses of the target are shorter or longer than the pool's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Cost: lazy greedy: a heap, and gains for the few rows that may still win. kcente
 Deviations: facility location counts neighbours only: rows that are not among the `neighbours` of one another add nothing.
     log_det folds features wider than `dim`.
 Defaults: lazy greedy, the same rows as naive greedy; `stochastic` looks at a random n/k · ln(1/ε) rows a step.
+Use: no target; near copies are many and rare rows matter.
 """
 
 from __future__ import annotations

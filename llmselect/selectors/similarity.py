@@ -12,6 +12,7 @@ Cost: one GEMM n × d × m in blocks; `mean` needs n × d × G only, since the m
     target. n × m is never held; round robin keeps O(k) candidates.
 Deviations: `centroid` takes target rows as unit vectors; LESS averages the gradients with their lengths.
 Defaults: round robin in both, because cosines of different tasks are not comparable.
+Use: target examples and one forward pass: the first to try. On `gradient` features it is LESS.
 """
 
 from __future__ import annotations

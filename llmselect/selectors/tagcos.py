@@ -9,6 +9,7 @@ Cost: k-means, and O(n·d) per round of picks; memory O(largest share · d).
 Deviations: the order is nested: rounds over the clusters, the largest first, so that every prefix has waterfill shares up to
     the rows that its last round lacks. Rows are not weighted. Where rows already span ḡ, it is matched anew by others.
 Defaults: a cluster per 200 rows, 2 to 100.
+Use: no target; gradients are affordable.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Deviations: the ridge is relative, ε·tr(Σ)/d; every layer is ranked, not only
     Weights softmax(-f/τ sd(f)) of the potential of the whole selection are our choice: the paper leaves the map open.
     Where columns are not far fewer than rows, whitening weighs noise like signal (eval/results/tarot): take `whiten: none`.
 Defaults: groups of targets take turns; Sinkhorn with ε = 0.05 of the mean cost; no weights.
+Use: target examples, and a target that should be covered as a distribution rather than by its nearest rows.
 """
 
 from __future__ import annotations

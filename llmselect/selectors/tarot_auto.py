@@ -5,11 +5,11 @@ Objective: targets in F folds. In each fold 1/F of them choose the union of thei
     the others judge: c_k = OT(uniform(chosen), uniform(judges)). k grows until c_k has not fallen for `patience` steps; the
     best set of each fold is kept; the result is their union, the nearest rows first.
 Inputs: `x [n, d]`, `target [m, d]` with m ≥ 2; optional `target_groups [m]`, spread evenly over the folds.
-Cost: one GEMM n × m × d after whitening; per step only the costs of new rows, and an exact transport started from the
-    potentials of the step before.
+Cost: one GEMM n × m × d after whitening; per step the costs of new rows, and a transport from the last potentials.
 Deviations: exact transport instead of Sinkhorn with ε = 1e-4: the same curve without its bias; the best set, not that of the
     failing step. The budget is an upper limit; with "100%" the size is the method's own.
 Defaults: ten folds, patience 1 as in the paper.
+Use: target examples, and the size of the subset is itself the question.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Cost: O(G·(n + k log k)); `middle` sorts, O(G·n log n).
 Deviations: `middle` scores a row by -|rank - (n - 1) / 2|, equal scores sharing their mean rank.
 Defaults: round robin, because scores of different tasks are not comparable; `standardize` makes columns comparable
     (mean 0, sd 1 over the pool) for `mean` and `max`.
+Use: any score, an extractor's or your own; on `trim` it is TRIM.
 """
 
 from __future__ import annotations

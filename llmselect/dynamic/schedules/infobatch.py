@@ -10,6 +10,7 @@ Deviations: each row is drawn on its own, as in the paper's formula, so the numb
     draws a fixed number). The weight multiplies the row's tokens in the loss of its step, which is a mean over tokens.
     Rows without a finite loss stay with weight 1. The paper writes δ for the point where annealing starts (0.875).
 Defaults: r = 0.5 and δ = 0.125, the paper's. At least the last epoch uses all rows, as in the published code.
+Use: training on all rows over several epochs in less time.
 """
 
 from __future__ import annotations

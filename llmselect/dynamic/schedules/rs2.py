@@ -9,6 +9,7 @@ Cost: O(n log n) per epoch, O(n) memory; no pass of a model.
 Deviations: an epoch that straddles two permutations can hold a row twice, once from each; the paper does not say.
     A draw depends on (seed, permutation or epoch, row id) alone.
 Defaults: 10 % of the rows, one of the paper's rates; without replacement.
+Use: the baseline for a static subset that is trained on for several epochs.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Inputs: none; the rows are a field, `Static.of(selection)` takes them from a sel
 Cost: O(n) per epoch.
 Deviations: none.
 Defaults: all rows of the pool, with weight 1.
+Use: a selection in the code that runs the other schedules.
 """
 
 from __future__ import annotations
