@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from llmselect import cli_benchmark, cli_ensemble, cli_models, cli_push, cli_refine
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, of_the_machine
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -44,6 +44,11 @@ def main() -> None:
     except LlmselectError as error:
         print(f"llmselect: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if (told := of_the_machine(error)) is None:
+            raise
+        print(f"llmselect: {told}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nllmselect: stopped; type the same command to continue", file=sys.stderr)
         sys.exit(130)

@@ -170,10 +170,10 @@ class _State:
         if not done and (main or everyone):
             value = make()
             if main:
-                atomic.write_json(file, value)
+                atomic.write_sealed(file, {"value": value})
                 log.info("refine: %s", file.relative_to(self.folder).with_suffix(""))
         self.wait()
-        return json.loads(file.read_text("utf-8"))
+        return atomic.read_sealed(file, f"delete {self.folder} and run again")["value"]
 
     def wait(self) -> None:
         """Until every process is here."""

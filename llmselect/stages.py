@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, atomic, config
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
@@ -90,7 +90,7 @@ class Run:
     @cached_property
     def pool(self) -> Dataset:
         """The rows that may be selected: kept when read, and with a response that fits into `max_length`."""
-        rows = np.load(self.folder / "pool" / "usable.npy", allow_pickle=False)
+        rows = np.load(account.intact(self.folder, "pool/usable.npy"), allow_pickle=False)
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
@@ -110,7 +110,7 @@ class Run:
         """The rows in a folder of the run."""
         from llmselect.pool import open_rows
 
-        return open_rows(self.folder / place / "pool.arrow")
+        return open_rows(account.intact(self.folder, f"{place}/pool.arrow"))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -119,7 +119,7 @@ class Run:
         yield
         if self.process.is_main_process:
             file = self.folder / "timings.json"
-            known = json.loads(file.read_text()) if file.exists() else {}
+            known = atomic.read_json(file, f"delete {file} and run again") if file.exists() else {}
             known[name] = round(known.get(name, 0.0) + time.monotonic() - start, 3)
             atomic.write_json(file, known)
 
@@ -231,7 +231,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
     timings = run.folder / "selections" / "seconds.json"
-    known = json.loads(timings.read_text()) if timings.exists() else {}
+    known = atomic.read_json(timings, f"delete {timings} and run again") if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 

@@ -14,6 +14,7 @@ import torch
 
 from llmselect import atomic
 from llmselect.chat import ChatEncoder
+from llmselect.engine.memory import is_out_of_memory
 from llmselect.errors import LlmselectError, UsageError
 
 log = logging.getLogger("llmselect")
@@ -155,7 +156,9 @@ def from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise what their readers like: SafetensorError, KeyError, TypeError
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"model: cannot read {path!r} ({kind}): {first}") from error
 
