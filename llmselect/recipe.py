@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
 from llmselect.sources import Model, PoolSource, TargetSource
+from llmselect.store import check_name
 from llmselect.train import Train
 
 if TYPE_CHECKING:
@@ -147,7 +149,13 @@ class Recipe:
         if self.shard_rows < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
             raise UsageError("shard_rows and batch_tokens must be at least 1")
         _prefixed("budget", lambda: Budget.parse(self.budget))
-        self._check_files()
+        if not self.out and (Path(self.name).name != self.name or self.name in (".", "..")):
+            raise UsageError(f"name: {reprlib.repr(self.name)} is also a folder's, below runs/; give one without '/', or out=")
+        _prefixed("features", lambda: [check_name(name) for name in self.features])
+        try:
+            self._check_files()
+        except OSError as error:  # a path longer than paths can be
+            raise UsageError(f"{reprlib.repr(error.filename)}: {error.strerror}") from None
         for name in self.features:
             made = self.extractor(name)
             for key in ("adapter", "checkpoints"):
@@ -263,6 +271,8 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _named(registry: Any, name: Any, where: str, key: str) -> type:
     if name is None:
         raise UsageError(f"{where}.{key}: missing; one of {', '.join(registry.names())}")
+    if not isinstance(name, str) or len(name) > 100:
+        raise UsageError(f"{where}.{key}: expected a name, got {reprlib.repr(name)}; one of {', '.join(registry.names())}")
     try:
         return registry.get(name)
     except UsageError as error:

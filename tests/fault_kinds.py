@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,37 @@ def told_clearly(code: int, said: str, kept_results: bool = False) -> str:
     return "" if code in (1, 2) and len(lines) == 1 and "Traceback" not in said else f"exit {code}: {said[-1500:]}"
 
 
+def disk(yard: Yard, seed: int) -> dict[str, Any]:
+    """A real small disk (tmpfs) with less room than the run needs; later it is made larger."""
+    draw = random.Random(f"disk {seed}")
+    stage = list(STAGES)[seed % len(STAGES)]
+    state = yard.folder / "before" / stage
+    size = lambda folder: sum((f.stat().st_size + 8191) // 4096 * 4096 for f in folder.rglob("*"))  # noqa: E731
+    room = max(size(state), 4096) + draw.randrange(4096, max(8192, size(yard.calm) - size(state)))
+    shutil.rmtree(yard.run, ignore_errors=True)
+    yard.run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(yard.run)], check=True)
+    try:
+        if state.exists():
+            shutil.copytree(state, yard.run, dirs_exist_ok=True)
+        code, said = yard.go()
+        found: dict[str, Any] = {"kind": "disk", "seed": seed, "stage": stage, "room": room}
+        found["hit"] = code != 0 or "no report:" in said
+        found["wrong"] = told_clearly(code, said, True) if found["hit"] else ""
+        subprocess.run(["mount", "-o", "remount,size=256m", str(yard.run)], check=True)
+        return yard.judge(found, finished(yard.run))
+    finally:
+        subprocess.run(["umount", "-l", str(yard.run)], check=True)
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether this process may mount a small disk."""
+    place = folder / "mount"
+    place.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
+    return done.returncode == 0 and subprocess.run(["umount", str(place)]).returncode == 0
+
+
 def full(yard: Yard, seed: int) -> dict[str, Any]:
     """The disk is full at some writing call of a stage."""
     draw = random.Random(f"full {seed}")
@@ -56,6 +88,7 @@ def full(yard: Yard, seed: int) -> dict[str, Any]:
     code, said = yard.go(lambda: at_call(stage, at, WRITES, fail))
     found = {"kind": "full", "seed": seed, "stage": stage, "at": at}
     # An error where the standard library expects one is mended by it: then the run is simply done.
+    found["hit"] = code != 0 or "no report:" in said
     mended = code == 0 and contents(yard.run) == yard.expected
     return yard.judge({**found, "wrong": "" if mended else told_clearly(code, said, stage == "report")}, finished(yard.run))
 
@@ -70,6 +103,7 @@ def quota(yard: Yard, seed: int) -> dict[str, Any]:
     code, said = yard.go(lambda: (limit(), said_through(pipe)))
     said = pipe.read_text("utf-8", "replace")
     found = {"kind": "quota", "seed": seed, "stage": stage, "bytes": most}
+    found["hit"] = code != 0 or "no report:" in said
     mended = code == 0 and contents(yard.run) == yard.expected
     return yard.judge({**found, "wrong": "" if mended else told_clearly(code, said, stage == "report")}, finished(yard.run))
 
@@ -100,7 +134,12 @@ def change(yard: Yard, seed: int) -> dict[str, Any]:
     (yard.run / name).write_bytes(data if how == "flip" else data[: at if how == "cut" else 0])
     found = {"kind": "change", "seed": seed, "file": name, "how": how, "at": at, "wrong": ""}
     found["apart"] = name if name in APART else ""
+    if name.startswith("features/"):  # select again, or nobody would read them
+        for folder in (yard.run / "selections").iterdir():
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     code, said = yard.go()
+    if code == 0 and name.startswith("features/") and contents(yard.run).get(name) != yard.expected[name]:
+        remedy(yard, "--repair")  # no method reads it: damage is found on request
     for _ in range(3):  # ids and shards of one feature are dropped by one repair, other files one by one
         if code == 0:
             break
@@ -121,7 +160,7 @@ def remedy(yard: Yard, told: str) -> None:
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
-KINDS = {"kill": kill, "full": full, "quota": quota, "change": change}
+KINDS = {"kill": kill, "full": full, "quota": quota, "disk": disk, "change": change}
 
 
 def campaign(folder: Path, wanted: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
