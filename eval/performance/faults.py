@@ -25,7 +25,7 @@ sys.path.insert(0, str(TESTS))
 OUT = ROOT / "eval" / "results" / "reliability.md"
 KINDS = {
     "kill": "SIGKILL before the N-th call of a stage",
-    "full": "no space left, from the N-th write of a stage on",
+    "full": "no space left at the N-th write of a stage",
     "quota": "no file may grow beyond a few bytes",
     "disk": "a small tmpfs that fills up",
     "change": "a file cut, emptied or with one bit flipped",
