@@ -142,8 +142,10 @@ class Recipe:
         for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
                             ("refine.method", rounds)):  # fmt: skip
             for name in names:
-                if not name or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
-                    raise UsageError(f"{kind}.{name}: not a name; allowed: letters, digits, '_', '+', '-', not base or full")
+                plain = name and len(name) <= 100 and all(c.isalnum() or c in "_+-" for c in name)
+                if not plain or name in ("base", "full"):
+                    raise UsageError(f"{kind}.{reprlib.repr(name)[1:-1]}: not a name; allowed: up to 100 letters, digits, '_', "
+                                     "'+', '-', not base or full")  # fmt: skip
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"seeds: {self.seeds} must be one or more distinct numbers")
         if self.shard_rows < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):

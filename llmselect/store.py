@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,13 +37,14 @@ VALUE = "value"  # the array meant by a feature's bare name
 SHARD_ROWS = 1024
 REPAIR = "type: llmselect extract … --repair"
 CSR_PARTS = ("indptr", "indices", "data")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(@target)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,99}(@target)?")
 
 
 def check_name(name: str) -> str:
     """A feature's name is also a folder's: anything that could leave the store is refused."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not a feature name; allowed: letters, digits, '_', '+', '-' and a final '@target'")
+        raise UsageError(f"{reprlib.repr(name)} is not a feature name; allowed: up to 100 letters, digits, '_', '+', '-' "
+                         "and a final '@target'")  # fmt: skip
     return name
 
 

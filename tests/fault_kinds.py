@@ -1,8 +1,8 @@
 """The faults: SIGKILL, a disk that is full, a limit on the size of files, files that are cut or changed.
 
-    python tests/fault_kinds.py FOLDER kill:5 full:2 quota:2 change:4 [--seed 100]
+    python tests/fault_kinds.py FOLDER kill:5 full:2 quota:2 change:4@100
 
-prints one JSON object a fault. FOLDER is kept between calls: the undisturbed run is made once.
+prints one JSON object a fault: five kills of the seeds 0 to 4, four changes of the seeds 100 to 103. FOLDER is kept between calls: the undisturbed run is made once.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ def remedy(yard: Yard, told: str) -> None:
 KINDS = {"kill": kill, "full": full, "quota": quota, "disk": disk, "change": change}
 
 
-def campaign(folder: Path, wanted: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
-    """So many faults of each kind; one JSON line each."""
+def campaign(folder: Path, wanted: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """So many faults of each kind from a first seed on; one JSON line each."""
     for heavy in "torch transformers datasets trl peft sae_lens accelerate jinja2 numba scipy.sparse faiss".split():
         importlib.import_module(heavy)
     yard, found = Yard(folder), []
-    for kind, count in wanted.items():
-        for one in range(seed, seed + count):
+    for kind, count, first in wanted:
+        for one in range(first, first + count):
             found.append(KINDS[kind](yard, one))
             sys.stdout.write(json.dumps(found[-1]) + "\n")
             sys.stdout.flush()
@@ -178,7 +178,9 @@ def campaign(folder: Path, wanted: dict[str, int], seed: int = 0) -> list[dict[s
 
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
-    start = int(sys.argv[sys.argv.index("--seed") + 1]) if "--seed" in sys.argv else 0
-    pairs = dict(word.split(":") for word in sys.argv[2:] if ":" in word)
-    results = campaign(Path(sys.argv[1]).resolve(), {kind: int(count) for kind, count in pairs.items()}, start)
-    sys.exit(not all(one["survived"] for one in results))
+    asked = []
+    for word in sys.argv[2:]:
+        name, _, amount = word.partition(":")
+        number, _, start = amount.partition("@")
+        asked.append((name, int(number), int(start or 0)))
+    sys.exit(not all(one["survived"] for one in campaign(Path(sys.argv[1]).resolve(), asked)))

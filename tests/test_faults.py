@@ -1,6 +1,6 @@
 """Killed, out of disk, with changed bytes: the next command ends with the bytes of the run that nobody disturbed.
 
-What a failing fault was is in the message, with its seed: `python tests/fault_kinds.py FOLDER kill:1 --seed 17` repeats it.
+What a failing fault was is in the message, with its seed: `python tests/fault_kinds.py FOLDER kill:1@17` repeats it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def yard(tmp_path_factory) -> Path:
 
 
 def hurt(yard: Path, seed: int, **kinds: int) -> list[dict]:
-    words = [f"{kind}:{count}" for kind, count in kinds.items()]
-    command = [sys.executable, str(HERE / "fault_kinds.py"), str(yard), *words, "--seed", str(seed)]
+    words = [f"{kind}:{count}@{seed}" for kind, count in kinds.items()]
+    command = [sys.executable, str(HERE / "fault_kinds.py"), str(yard), *words]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == sum(kinds.values()), done.stderr[-3000:]
@@ -60,7 +60,12 @@ def test_many_kills_in_every_stage_leave_no_trace(yard):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_full_disks_and_changed_files_leave_no_trace(yard):
-    survived(hurt(yard, 200, full=16, quota=16, disk=8, change=60))
+    import fault_kinds
+
+    survived(hurt(yard, 200, full=16, quota=16, change=60))
+    if not fault_kinds.may_mount(yard):
+        pytest.skip("this process may not mount a small disk; the other full disks were tried")
+    survived(hurt(yard, 200, disk=8))
 
 
 def accelerate(recipe: Path, out: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """What a run survives: kills, full disks, changed files; and what bad input is told.
 
-    python eval/performance/faults.py [--kills 56] [--full 8] [--quota 8] [--disk 4] [--change 16] [--seed 0]
+    python eval/performance/faults.py [--kills 56] [--full 8] [--quota 8] [--disk 4] [--change 16] [--processes 1]
 
 Writes eval/results/reliability.md. The faults come in processes of their own: the undisturbed run is made in one, the hurt
 ones in another, so that nothing of the order of a set or a dict can be the same by chance. About 15 seconds a fault.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,18 +33,25 @@ KINDS = {
 }
 
 
-def hurt(folder: Path, wanted: dict[str, int], seed: int) -> list[dict[str, Any]]:
-    """The faults of every kind, one by one, as `tests/fault_kinds.py` tells them."""
+def hurt(folder: Path, wanted: dict[str, int], seed: int, processes: int) -> list[dict[str, Any]]:
+    """The faults of every kind, one by one, as `tests/fault_kinds.py` tells them; seeds are shared out to the processes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command, found = [sys.executable, str(TESTS / "fault_kinds.py"), str(folder)], []
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    words = [*command, *(f"{kind}:{count}" for kind, count in wanted.items()), "--seed", str(seed)]
-    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
-        assert running.stdout is not None
-        for line in running.stdout:
-            found.append(json.loads(line))
-            print(line.strip()[:300], flush=True)
-    return found
+    running = []
+    for process in range(processes):
+        command, words = [sys.executable, str(TESTS / "fault_kinds.py"), str(folder / str(process))], []
+        for kind, count in wanted.items():
+            first, last = (count * part // processes for part in (process, process + 1))
+            words.append(f"{kind}:{last - first}@{seed + first}")
+        both = f"{shlex.join(command)} > /dev/null && exec {shlex.join([*command, *words])}"
+        out = (folder / f"{process}.txt").open("w+")
+        running.append((subprocess.Popen(["sh", "-c", both], env=env, stdout=out, stderr=subprocess.DEVNULL), out))
+    found = []
+    for child, out in running:
+        child.wait()
+        out.seek(0)
+        found += [json.loads(text) for text in out]
+    order = list(KINDS)
+    return sorted(found, key=lambda one: (order.index(one["kind"]), one["seed"]))
 
 
 def faults_table(found: list[dict[str, Any]]) -> list[str]:
@@ -89,7 +97,8 @@ def inputs_table() -> list[str]:
 def main() -> None:
     """Run all of it and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("kills", 56), ("full", 8), ("quota", 8), ("disk", 4), ("change", 16), ("seed", 0)):
+    for name, count in (("kills", 56), ("full", 8), ("quota", 8), ("disk", 4), ("change", 16), ("seed", 0),
+                        ("processes", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=count)
     given = parser.parse_args()
     wanted = {"kill": given.kills, "full": given.full, "quota": given.quota, "disk": given.disk, "change": given.change}
@@ -100,7 +109,9 @@ def main() -> None:
         if wanted["disk"] and not fault_kinds.may_mount(Path(scratch)):
             print("no small disk: this process may not mount a tmpfs")
             wanted["disk"] = 0
-        found = hurt(Path(scratch) / "yard", wanted, given.seed)
+        found = hurt(Path(scratch), wanted, given.seed, given.processes)
+        for one in found:
+            print(json.dumps(one)[:600])
     minutes = (time.monotonic() - start) / 60
     command = "python eval/performance/faults.py " + " ".join(
         f"--{'kills' if kind == 'kill' else kind} {count}" for kind, count in wanted.items()
@@ -108,11 +119,10 @@ def main() -> None:
     text = f"""# What a run survives
 
 ```bash
-{command} --seed {given.seed}
+{command} --seed {given.seed} --processes {given.processes}
 ```
 
-A recipe of every stage on a tiny model (60 rows, shards of 8, one lazy feature, three methods trained), one process, one
-thread. A fault strikes at a call drawn from its seed, and the same command runs again. "Files differing" and "rows lost" are
+A recipe of every stage on a tiny model (60 rows, shards of 8, one lazy feature, three methods trained), one thread a run. A fault strikes at a call drawn from its seed, and the same command runs again. "Files differing" and "rows lost" are
 then counted against a run that nobody disturbed, over all files of the run; "finished work made again" are shards, selections,
 adapters, SAEs and measurements that were complete before the fault and were written once more after it. After a changed file
 the command must name it, and what the message says to type is typed. "Struck" are faults that the run met before its end:
@@ -120,7 +130,7 @@ an error where a library expects one, or a disk that was large enough, stops not
 
 {chr(10).join(faults_table(found))}
 
-{len(found)} faults in {minutes:.0f} minutes. To repeat one: `python tests/fault_kinds.py FOLDER kill:1 --seed SEED`.
+{len(found)} faults in {minutes:.0f} minutes. To repeat one: `python tests/fault_kinds.py FOLDER kill:1@SEED`.
 
 ## Bad input
 
