@@ -2,7 +2,8 @@
 
     python tests/fault_kinds.py FOLDER kill:5 full:2 quota:2 change:4@100
 
-prints one JSON object a fault: five kills of the seeds 0 to 4, four changes of the seeds 100 to 103. FOLDER is kept between calls: the undisturbed run is made once.
+prints one JSON object a fault: five kills of the seeds 0 to 4, four changes of the seeds 100 to 103. FOLDER is kept
+between calls: the undisturbed run is made once.
 """
 
 from __future__ import annotations
