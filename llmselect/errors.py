@@ -26,6 +26,8 @@ class MissingExtra(UsageError):
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `options`, or an empty string when none is close."""
+    if len(str(name)) > 100:
+        return ""  # comparing takes the square of the length, and nobody means a name by it
     close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 

@@ -223,7 +223,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
         names = file.schema_arrow.names
         if len(set(names)) != len(names):
             raise UsageError(f"{path}: a column stands twice: {', '.join(names)[:200]}")
-        for batch in file.iter_batches(batch_size=1000):
+        for batch in file.iter_batches(batch_size=100):
             for row in batch.to_pylist():
                 yield f"{_name(path)}[{index}]", row
                 index += 1
