@@ -1,6 +1,6 @@
 """What a run survives: kills, full disks, changed files; and what bad input is told.
 
-    python eval/performance/faults.py [--kills 56] [--full 8] [--quota 8] [--disk 4] [--change 16] [--processes 1]
+    python eval/performance/faults.py [--kill 56] [--full 8] [--quota 8] [--disk 4] [--change 16] [--processes 1] [--minutes 120]
 
 Writes eval/results/reliability.md. The faults come in processes of their own: the undisturbed run is made in one, the hurt
 ones in another, so that nothing of the order of a set or a dict can be the same by chance. About 15 seconds a fault.
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ KINDS = {
 }
 
 
-def hurt(folder: Path, wanted: dict[str, int], seed: int, processes: int) -> list[dict[str, Any]]:
-    """The faults of every kind, one by one, as `tests/fault_kinds.py` tells them; seeds are shared out to the processes."""
+def hurt(folder: Path, wanted: dict[str, int], seed: int, processes: int, minutes: float) -> list[dict[str, Any]]:
+    """The faults of every kind, one by one, as `tests/fault_kinds.py` tells them; seeds are shared out to the processes.
+
+    After `minutes` no further fault is begun; those that were told by then count.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     running = []
     for process in range(processes):
@@ -43,15 +47,21 @@ def hurt(folder: Path, wanted: dict[str, int], seed: int, processes: int) -> lis
             first, last = (count * part // processes for part in (process, process + 1))
             words.append(f"{kind}:{last - first}@{seed + first}")
         both = f"{shlex.join(command)} > /dev/null && exec {shlex.join([*command, *words])}"
-        out = (folder / f"{process}.txt").open("w+")
-        running.append((subprocess.Popen(["sh", "-c", both], env=env, stdout=out, stderr=subprocess.DEVNULL), out))
-    found = []
-    for child, out in running:
+        with (folder / f"{process}.txt").open("w") as out:
+            running.append(subprocess.Popen(["sh", "-c", both], env=env, stdout=out, stderr=subprocess.DEVNULL))
+    until = time.monotonic() + 60 * minutes
+    for child in running:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
+        child.terminate()
         child.wait()
-        out.seek(0)
-        found += [json.loads(text) for text in out]
-    order = list(KINDS)
-    return sorted(found, key=lambda one: (order.index(one["kind"]), one["seed"]))
+    return told(folder)
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What the processes wrote, in the order of kinds and seeds."""
+    found = [json.loads(text) for file in sorted(folder.glob("*.txt")) for text in file.read_text("utf-8").splitlines()]
+    return sorted(found, key=lambda one: (list(KINDS).index(one["kind"]), one["seed"]))
 
 
 def faults_table(found: list[dict[str, Any]]) -> list[str]:
@@ -94,32 +104,14 @@ def inputs_table() -> list[str]:
     return [*lines, f"| **all** | {total[0]} | {total[1]} |"]
 
 
-def main() -> None:
-    """Run all of it and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("kills", 56), ("full", 8), ("quota", 8), ("disk", 4), ("change", 16), ("seed", 0),
-                        ("processes", 1)):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=count)
-    given = parser.parse_args()
-    wanted = {"kill": given.kills, "full": given.full, "quota": given.quota, "disk": given.disk, "change": given.change}
-    import fault_kinds
-
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        if wanted["disk"] and not fault_kinds.may_mount(Path(scratch)):
-            print("no small disk: this process may not mount a tmpfs")
-            wanted["disk"] = 0
-        found = hurt(Path(scratch), wanted, given.seed, given.processes)
-        for one in found:
-            print(json.dumps(one)[:600])
-    minutes = (time.monotonic() - start) / 60
-    command = "python eval/performance/faults.py " + " ".join(
-        f"--{'kills' if kind == 'kill' else kind} {count}" for kind, count in wanted.items()
-    )
-    text = f"""# What a run survives
+def page(found: list[dict[str, Any]], asked: int, minutes: float, inputs: list[str]) -> str:
+    """The text of the results."""
+    words = shlex.join(["python", "eval/performance/faults.py", *sys.argv[1:]])
+    stopped = "" if len(found) == asked else f" The run was stopped then: {asked} were asked for."
+    return f"""# What a run survives
 
 ```bash
-{command} --seed {given.seed} --processes {given.processes}
+{words}
 ```
 
 A recipe of every stage on a tiny model (60 rows, shards of 8, one lazy feature, three methods trained), one thread a run. A
@@ -131,16 +123,37 @@ expects one, or a disk that was large enough, stops nothing.
 
 {chr(10).join(faults_table(found))}
 
-{len(found)} faults in {minutes:.0f} minutes. To repeat one: `python tests/fault_kinds.py FOLDER kill:1@SEED`.
+{len(found)} faults in {minutes:.0f} minutes.{stopped} To repeat one: `python tests/fault_kinds.py FOLDER kill:1@SEED`.
 
 ## Bad input
 
 Handled: the message is one of the library's own errors, or the row is in the quarantine with its reason, and good rows beside
 it are kept. Random ones are drawn from fixed seeds.
 
-{chr(10).join(inputs_table())}
+{chr(10).join(inputs)}
 """
-    OUT.write_text(text, "utf-8")
+
+
+def main() -> None:
+    """Run all of it and write the page."""
+    import fault_kinds
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in (("kill", 56), ("full", 8), ("quota", 8), ("disk", 4), ("change", 16), ("seed", 0), ("processes", 1)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--minutes", type=float, default=120.0, help="stop then, and tell what was done")
+    given = parser.parse_args()
+    wanted = {kind: getattr(given, kind) for kind in KINDS}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        if wanted["disk"] and not fault_kinds.may_mount(Path(scratch)):
+            print("no small disk: this process may not mount a tmpfs")
+            wanted["disk"] = 0
+        found = hurt(Path(scratch), wanted, given.seed, given.processes, given.minutes)
+        for one in found:
+            print(json.dumps(one)[:600])
+    minutes = (time.monotonic() - start) / 60
+    OUT.write_text(page(found, sum(wanted.values()), minutes, inputs_table()), "utf-8")
     print(f"written: {OUT.relative_to(ROOT)}")
     sys.exit(not all(one["survived"] for one in found))
 
