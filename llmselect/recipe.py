@@ -138,22 +138,12 @@ class Recipe:
 
         if not (self.methods or self.refine) or not self.targets:
             raise UsageError(f"{'targets' if self.methods or self.refine else 'methods'}: at least one is needed")
-        rounds = {self.refine.method: None} if self.refine else {}
-        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
-                            ("refine.method", rounds)):  # fmt: skip
-            for name in names:
-                plain = name and len(name) <= 100 and all(c.isalnum() or c in "_+-" for c in name)
-                if not plain or name in ("base", "full"):
-                    raise UsageError(f"{kind}.{reprlib.repr(name)[1:-1]}: not a name; allowed: up to 100 letters, digits, '_', "
-                                     "'+', '-', not base or full")  # fmt: skip
+        self._check_names()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"seeds: {self.seeds} must be one or more distinct numbers")
         if self.shard_rows < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
             raise UsageError("shard_rows and batch_tokens must be at least 1")
         _prefixed("budget", lambda: Budget.parse(self.budget))
-        if not self.out and (Path(self.name).name != self.name or self.name in (".", "..")):
-            raise UsageError(f"name: {reprlib.repr(self.name)} is also a folder's, below runs/; give one without '/', or out=")
-        _prefixed("features", lambda: [check_name(name) for name in self.features])
         try:
             self._check_files()
         except OSError as error:  # a path longer than paths can be
@@ -180,6 +170,20 @@ class Recipe:
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
             validate(self.warmup.train)
+
+    def _check_names(self) -> None:
+        """Names are folders' as well."""
+        rounds = {self.refine.method: None} if self.refine else {}
+        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
+                            ("refine.method", rounds)):  # fmt: skip
+            for name in names:
+                plain = name and len(name) <= 100 and all(c.isalnum() or c in "_+-" for c in name)
+                if not plain or name in ("base", "full"):
+                    raise UsageError(f"{kind}.{reprlib.repr(name)[1:-1]}: not a name; allowed: up to 100 letters, digits, '_', "
+                                     "'+', '-', not base or full")  # fmt: skip
+        if not self.out and (Path(self.name).name != self.name or self.name in (".", "..")):
+            raise UsageError(f"name: {reprlib.repr(self.name)} is also a folder's, below runs/; give one without '/', or out=")
+        _prefixed("features", lambda: [check_name(name) for name in self.features])
 
     def _check_files(self) -> None:
         from llmselect.readers import check_source

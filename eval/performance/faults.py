@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,13 +49,17 @@ def hurt(folder: Path, wanted: dict[str, int], seed: int, processes: int, minute
             words.append(f"{kind}:{last - first}@{seed + first}")
         both = f"{shlex.join(command)} > /dev/null && exec {shlex.join([*command, *words])}"
         with (folder / f"{process}.txt").open("w") as out:
-            running.append(subprocess.Popen(["sh", "-c", both], env=env, stdout=out, stderr=subprocess.DEVNULL))
+            running.append(subprocess.Popen(["sh", "-c", both], env=env, stdout=out, stderr=subprocess.DEVNULL,
+                                            start_new_session=True))  # fmt: skip
     until = time.monotonic() + 60 * minutes
     for child in running:
         with suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, until - time.monotonic()))
-        child.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+    for place in folder.glob("*/run"):  # a small disk of the fault that was cut short
+        subprocess.run(["umount", "-l", str(place)], stderr=subprocess.DEVNULL)
     return told(folder)
 
 
