@@ -168,9 +168,6 @@ class Yard:
             shutil.copytree(self.run, self.calm, dirs_exist_ok=True)
         self.counts = json.loads((folder / "counts.json").read_text())
         self.expected = contents(self.calm)
-        for name in json.loads((folder / "modules.json").read_text()):
-            with suppress(Exception):  # a child need not import again what the undisturbed run did
-                importlib.import_module(name)
 
     def _calm(self) -> None:
         counts: dict[str, dict[str, int]] = {}
@@ -189,7 +186,6 @@ class Yard:
             at_stage(stage, enter, lambda: sys.setprofile(None))
         with suppress(SystemExit):
             command("run", str(self.folder / "recipe.yaml"))
-        (self.folder / "modules.json").write_text(json.dumps(sorted(sys.modules)))
         (self.folder / "counts.json").write_text(json.dumps(counts))
 
     def go(self, prepare: Callable[[], None] = lambda: None, *words: str) -> tuple[int, str]:

@@ -41,9 +41,9 @@ def survived(found: list[dict]) -> None:
     assert [one for one in found if not one["survived"]] == []
 
 
-@pytest.mark.timeout(300)
-def test_a_few_faults_of_every_kind_leave_no_trace(yard):
-    found = hurt(yard, 3, kill=5, full=1, quota=1, change=2)
+@pytest.mark.timeout(900)
+def test_five_kills_and_a_changed_file_leave_no_trace(yard):
+    found = hurt(yard, 3, kill=5, change=1)
     survived(found)
     assert [one["stage"] for one in found if one["kind"] == "kill"] == ["extract", "select", "train", "evaluate", "report"]
 
