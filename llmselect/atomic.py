@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from llmselect.errors import LlmselectError
 
 
 def _sync_folder(folder: Path) -> None:
@@ -54,10 +56,73 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def checksum(about: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the plain values of a manifest, its own checksum left out."""
+    rest = {k: v for k, v in about.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path | str, about: Mapping[str, Any]) -> None:
+    """`write_json` of a manifest with its own checksum, so that `read_sealed` notices a changed byte."""
+    write_json(path, {**about, "checksum": checksum(about)})
+
+
+def read_sealed(path: Path | str, again: str) -> dict[str, Any]:
+    """The manifest that `write_sealed` wrote, without its checksum. One written before there were checksums is believed.
+
+    Errors: `LlmselectError` naming the file and saying `again`, what to type, when it is missing, cut or changed.
+    """
+    about = read_json(path, again, sealed=True)
+    seals = [name for name, value in about.items() if value == checksum({k: v for k, v in about.items() if k != name})]
+    if seals != ["checksum"] and (seals or "checksum" in about):
+        raise _damaged(path, again)
+    return {k: v for k, v in about.items() if k != "checksum"}
+
+
+def read_json(path: Path | str, again: str, sealed: bool = False) -> dict[str, Any]:
+    """The mapping in a file that `write_json` wrote; with `sealed`, the text too must be as written.
+
+    Errors: `LlmselectError` naming the file and saying `again`, what to type.
+    """
+    try:
+        text = Path(path).read_bytes()
+        about = json.loads(text)
+        # The text too: the last digit of a number may change without the number.
+        intact = isinstance(about, dict) and (not sealed or text == json_text(about).encode())
+    except FileNotFoundError:
+        raise LlmselectError(f"{path} is missing; {again}") from None
+    except (ValueError, RecursionError):
+        about, intact = {}, False
+    if not intact:
+        raise _damaged(path, again)
+    return about
+
+
+def _damaged(path: Path | str, again: str) -> LlmselectError:
+    return LlmselectError(f"{path} is damaged (its bytes are not those written); {again}")
+
+
 def move(beside: Path | str, path: Path | str) -> None:
     """Give a finished, synced file its place."""
     os.replace(beside, path)
     _sync_folder(Path(path).parent)
+
+
+@contextmanager
+def beside(path: Path | str) -> Iterator[Path]:
+    """Yield a new file beside `path` for what writes by itself; on success it takes that place, on error it goes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        yield Path(name)
+        with Path(name).open("rb") as file:
+            os.fsync(file.fileno())
+        move(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def sha256_file(path: Path | str) -> str:
@@ -79,8 +144,13 @@ def replace_dir(path: Path | str) -> Iterator[Path]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(beside, path)
+            # Out of the way in one step: a kill while files are deleted one by one would leave half a folder.
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+            os.replace(path, old)
+            os.replace(beside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -17,6 +17,7 @@ log = logging.getLogger("llmselect")
 
 RULES = 1  # part of the fingerprint: raise it when the same row would give other tokens or masks
 PROMPT, RESPONSE = 1, 2
+MOST_TEXT = 1_000_000  # characters that a template may add by itself
 DEFAULT_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}"
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
@@ -118,14 +119,14 @@ class ChatEncoder:
 
         Errors: `LlmselectError` when the template refuses the conversation (roles that must alternate, say).
         """
-        import jinja2
-
         try:
-            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False,
+            text = self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False,
                                                       add_generation_prompt=add_generation_prompt)  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise LlmselectError(f"the chat template refuses a conversation of roles [{roles}]: {error}") from error
+        except Exception as error:
+            raise _refused(messages, error) from error
+        if not isinstance(text, str) or len(text) > MOST_TEXT + 1000 * sum(len(m["content"]) for m in messages):
+            raise _refused(messages, ValueError("it makes far more text than it was given"))
+        return text
 
     def turn_end(self) -> int | None:
         """Id of the added token with which the template ends a turn of the assistant; None when there is none."""
@@ -202,10 +203,13 @@ class ChatEncoder:
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, spans = render_jinja_template(
-            [messages], chat_template=self.template, return_assistant_tokens_mask=True, add_generation_prompt=False,
-            **self.tokenizer.special_tokens_map,
-        )  # fmt: skip
+        try:
+            _, spans = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True, add_generation_prompt=False,
+                **self.tokenizer.special_tokens_map,
+            )  # fmt: skip
+        except Exception as error:
+            raise _refused(messages, error) from error
         return [(int(low), int(high)) for low, high in spans[0]]
 
     def _end_mark(self, piece: str) -> int:
@@ -246,6 +250,13 @@ class ChatEncoder:
         cut = max(0, min(excess, first - least))
         keep = np.concatenate([keep[:bos], keep[bos + cut :]])[: self.max_length]
         return _part(row, keep)
+
+
+def _refused(messages: Sequence[Message], error: Exception) -> LlmselectError:
+    """A template is a program of others: beside refusing it may divide by zero, recurse, or fill the memory."""
+    roles = ", ".join(m["role"] for m in messages)
+    told = str(error) if isinstance(error, TypeError | ValueError) or "jinja2" in type(error).__module__ else repr(error)
+    return LlmselectError(f"the chat template refuses a conversation of roles [{roles}]: {told}")
 
 
 def _common(a: str, b: str) -> str:

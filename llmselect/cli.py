@@ -24,7 +24,7 @@ from llmselect import (
 )
 from llmselect.cli_complete import Json, Overrides, RecipePath, RunFolder, RunFolders
 from llmselect.cli_help import MODELS, RESULTS, RUN, Commands, examples
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, of_the_machine
 
 app = typer.Typer(
     # No rich: without it help is there in less than half the time, and its command lines can be copied.
@@ -64,6 +64,11 @@ def main() -> None:
     except LlmselectError as error:
         print(f"llmselect: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if (told := of_the_machine(error)) is None:
+            raise
+        print(f"llmselect: {told}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nllmselect: stopped; type the same command to continue", file=sys.stderr)
         sys.exit(130)

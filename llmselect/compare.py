@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmselect import account, atomic
 from llmselect.errors import UsageError
 from llmselect.selection import Selection
 from llmselect.store import FeatureStore
@@ -40,8 +40,11 @@ def compare(folders: list[Path]) -> dict[str, Any]:
     names = list(found)
     ids = {name: set(found[name][0].ids or ()) for name in names}
     overlap = [[_jaccard(ids[a], ids[b]) for b in names] for a in names]
+    tables = {str(f): Path(f) / "results.json" for f in folders}
     results = {
-        str(f): json.loads((Path(f) / "results.json").read_text())["rows"] for f in folders if (Path(f) / "results.json").exists()
+        name: atomic.read_json(file, f"type: llmselect evaluate {name}/config.yaml")["rows"]
+        for name, file in tables.items()
+        if file.exists()
     }
     return {"selections": {n: about for n, (_, about) in found.items()}, "names": names, "overlap": overlap, "results": results}
 
@@ -49,8 +52,8 @@ def compare(folders: list[Path]) -> dict[str, Any]:
 def _sources(folder: Path) -> np.ndarray:
     from datasets import Dataset
 
-    data = Dataset.from_file(str(folder / "pool" / "pool.arrow"))
-    return np.asarray(data["source"])[np.load(folder / "pool" / "usable.npy", allow_pickle=False)]
+    data = Dataset.from_file(str(account.intact(folder, "pool/pool.arrow")))
+    return np.asarray(data["source"])[np.load(account.intact(folder, "pool/usable.npy"), allow_pickle=False)]
 
 
 def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +114,7 @@ def measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
     """Held-out loss of every test row of one arm, task → `[rows]`, kept in the run; the base model has no seed."""
     model = run.recipe.model
     adapter = None if seed is None else run.folder / "adapters" / method / f"seed-{seed}"
-    made = json.loads((adapter / "train.json").read_text())["key"] if adapter else None
+    made = trained(run, method, seed)["key"] if adapter else None
     tests = {name: config.fingerprint(list(data["id"])) for name, data in run.tests.items()}
     key = {"model": model.path, "max_length": model.max_length, "dtype": model.dtype, "adapter": made, "tests": tests}
     out = run.folder / "evaluation" / method / f"seed-{seed}.json" if adapter else run.folder / "evaluation" / "base.json"
@@ -139,6 +138,12 @@ def measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
     if not found:
         work()
     return found
+
+
+def trained(run: Run, method: str, seed: int | None) -> dict[str, Any]:
+    """What is noted beside the adapter of one arm: its key, its result."""
+    adapter = run.folder / "adapters" / method / f"seed-{seed}"
+    return atomic.read_sealed(adapter / "train.json", f"delete {adapter} and run again")
 
 
 def _row(run: Run, method: str, cells: Sequence[dict[str, np.ndarray]], losses: dict[str, list]) -> Row:
@@ -177,10 +182,9 @@ def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
         found.append(
             (len(selection), int(cost[selection.indices].sum())) if selection else (len(cost), int(np.asarray(cost).sum()))
         )
-        made = json.loads((run.folder / "adapters" / method / f"seed-{seed}" / "train.json").read_text())
-        seconds.append(made["result"]["seconds"])
+        seconds.append(trained(run, method, seed)["result"]["seconds"])
     known = run.folder / "selections" / "seconds.json"
-    took = json.loads(known.read_text()) if known.exists() else {}
+    took = atomic.read_json(known, f"delete {known} and run again") if known.exists() else {}
     selecting = [v for k, v in took.items() if k.split("/")[0] == method]
     mean = [float(np.mean(v)) if len(v) else None for v in (selecting, seconds)]
     rows, tokens = (round(float(v)) for v in np.mean(found, axis=0))

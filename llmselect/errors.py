@@ -26,6 +26,8 @@ class MissingExtra(UsageError):
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `options`, or an empty string when none is close."""
+    if len(str(name)) > 100:
+        return ""  # comparing takes the square of the length, and nobody means a name by it
     close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -38,3 +40,20 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name != module.split(".")[0]:
             raise  # the package is there but broken inside: hiding that would send the user to the wrong place
         raise MissingExtra(f"{module} is not installed; type: pip install 'llmselect[{extra}]'") from error
+
+
+_FULL = ("StorageFull", "FileTooLarge", "QuotaExceeded", "No space left on device", "File too large", "Disk quota exceeded")
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """What to tell of an error that is the machine's rather than ours: a disk that is full or refuses, memory at its end.
+
+    None for any other error: those are defects, and their traceback is needed.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, MemoryError) or "out of memory" in lines[0] or "can't allocate memory" in lines[0]:
+        return f"out of memory ({lines[0]}); what is finished is kept: give the run more memory and type the same command"
+    # safetensors and pyarrow tell of a full disk in classes of their own
+    if isinstance(error, OSError) or any(sign in str(error) for sign in _FULL):
+        return f"{lines[0]}; what is finished is kept: when the cause is gone, type the same command to continue"
+    return None

@@ -79,7 +79,7 @@ def evaluate(out: Path, key: Mapping[str, Any], model: str, adapter: str | None,
     """
     plain = json.loads(json.dumps(key))
     if out.exists():
-        stored = json.loads(out.read_text())
+        stored = atomic.read_sealed(out, f"delete {out} and run again")
         if stored["key"] != plain:
             from llmselect.config import difference
 
@@ -88,5 +88,5 @@ def evaluate(out: Path, key: Mapping[str, Any], model: str, adapter: str | None,
         return {task: np.asarray(values) for task, values in stored["nll"].items()}
     found = row_losses(model, adapter, tests, **options)
     nll = {task: [round(float(v), 6) for v in values] for task, values in found.items()}
-    atomic.write_json(out, {"key": plain, "nll": nll})
+    atomic.write_sealed(out, {"key": plain, "nll": nll})
     return {task: np.asarray(values) for task, values in nll.items()}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +50,19 @@ class LazyArray:
         self.values = np.zeros((0, *tail), np.float32)
         self.requests = 0
         for file in sorted(folder.glob("[0-9]*[0-9].npy")):
-            self._take(np.load(file, allow_pickle=False))
+            self._take(self._request(file))
+
+    def _request(self, file: Path) -> np.ndarray:
+        """The rows of an earlier request: ascending, of this feature, not asked for before."""
+        try:
+            rows = np.load(file, allow_pickle=False)
+            good = rows.ndim == 1 and rows.dtype == np.int64 and len(rows) and 0 <= rows[0] <= rows[-1] < len(self)
+            good = good and bool((np.diff(rows) > 0).all()) and not (self.place[rows] >= 0).any()
+        except Exception:  # NumPy parses the header as Python: a changed byte raises what a tokenizer likes
+            good = False
+        if not good:
+            raise LlmselectError(f"{file} is damaged (no request of rows); delete {self.folder} and run again")
+        return rows
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,7 +70,7 @@ class LazyArray:
     @cached_property
     def spec(self) -> dict[str, Any]:
         """What the feature was made from."""
-        return json.loads((self.folder / "spec.json").read_text())
+        return atomic.read_sealed(self.folder / "spec.json", f"delete {self.folder} and run again")
 
     @property
     def computed(self) -> int:
@@ -89,19 +100,29 @@ class LazyArray:
         starts = range(0, len(rows), self.part)
         files = [self.folder / f"{self.requests:06d}-{i:04d}.safetensors" for i in range(len(starts))]
         for i, (start, file) in enumerate(zip(starts, files, strict=True)):
-            if i % self.world != self.rank or file.with_suffix(".json").exists():
+            asked = hashlib.sha256(np.ascontiguousarray(rows[start : start + self.part]).tobytes()).hexdigest()
+            if file.with_suffix(".json").exists():
+                if self._about(file).get("rows", asked) != asked:
+                    raise LlmselectError(f"{file} holds other rows than were asked for: the request beside it is damaged; "
+                                         f"delete {self.folder} and run again")  # fmt: skip
+                continue
+            if i % self.world != self.rank:
                 continue
             made = self.compute(rows[start : start + self.part])
             data = save({name: np.ascontiguousarray(value) for name, value in made.items()})
             atomic.write_bytes(file, data)
-            atomic.write_json(file.with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest()})
+            atomic.write_sealed(file.with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest(), "rows": asked})
         self.barrier()
         self.place[rows] = np.arange(len(self.values), len(self.values) + len(rows))
         self.values = np.concatenate([self.values, *(self._read(file) for file in files)])
         self.requests += 1
 
+    def _about(self, file: Path) -> dict[str, Any]:
+        note = file.with_suffix(".json")
+        return atomic.read_sealed(note, f"delete {note} and run again")
+
     def _read(self, file: Path) -> np.ndarray:
-        known = json.loads(file.with_suffix(".json").read_text())["sha256"]
+        known = self._about(file)["sha256"]
         if not file.exists() or atomic.sha256_file(file) != known:
             raise LlmselectError(f"{file} is damaged (its checksum differs); delete {file.with_suffix('.json')} and run again")
         return np.asarray(read_shard(file)[self.name], np.float32)

@@ -11,15 +11,18 @@ import hashlib
 import json
 import logging
 import os
+import reprlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmselect import atomic
 from llmselect.decontaminate import Contamination
 from llmselect.errors import LlmselectError
 from llmselect.formats import Invalid, Message, check_columns, to_messages
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmselect")
 BATCH = 1000
+_EXCERPT = reprlib.Repr()  # of rows of any depth and size
+_EXCERPT.maxlevel, _EXCERPT.maxdict, _EXCERPT.maxstring, _EXCERPT.maxother = 4, 8, 200, 100
 
 
 def content_id(messages: list[Message]) -> str:
@@ -71,7 +76,7 @@ class _Quarantine:
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self.file = self.beside.open("w", encoding="utf-8")
+        self.file = self.beside.open("w", encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
 
     def add(self, kind: str, reason: str, detail: str, origin: str, row_id: str | None, excerpt: str) -> None:
         safe = excerpt[:200].encode("utf-8", "backslashreplace").decode()
@@ -91,6 +96,12 @@ class _Quarantine:
         os.replace(self.beside, self.path)
         self.report.quarantine = self.path
 
+    def drop(self) -> None:
+        """Leave nothing of a reading that did not come to its end."""
+        with suppress(OSError):
+            self.file.close()
+        self.beside.unlink(missing_ok=True)
+
 
 def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: str | None = None, split: str = "train",
               subset: str | None = None, source_name: str | None = None, limit: int | None = None, max_invalid: float = 0.001,
@@ -107,8 +118,12 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
         contamination.add(data)
     rows = _accepted(read(source, split, max_row_bytes, subset), columns, source_name, limit, max_row_bytes, report, rejects)
     clean = _distinct(rows, contamination, report, rejects)
-    file = _write(folder / "pool.arrow", clean, group, report)
-    rejects.close()
+    try:
+        file = _write(folder / "pool.arrow", clean, group, report)
+        rejects.close()
+    except BaseException:
+        rejects.drop()
+        raise
     if report.invalid > max_invalid * report.read:
         raise LlmselectError(
             f"{report.invalid} of {report.read} rows are invalid, more than max_invalid = {max_invalid:.3%}: "
@@ -183,13 +198,18 @@ def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | Non
             if sum(len(m["content"].encode()) for m in messages) > max_row_bytes:
                 raise Invalid("too_large", f"the row is longer than {max_row_bytes} bytes (max_row_bytes)")
         except Invalid as found:
-            text = "" if isinstance(row, Invalid) else str(row)[:400]
+            text = "" if isinstance(row, Invalid) else _EXCERPT.repr(row)
             rejects.add("invalid", found.reason, found.detail, origin, None, text)
             continue
         named = row.get((columns or {}).get("source", "source"))
         stated = row.get((columns or {}).get("license", "license"), row.get("licence"))
-        licence = stated.strip().encode("utf-8", "replace").decode() or None if isinstance(stated, str) else None
-        yield origin, source_name or (named if isinstance(named, str) and named else stem), licence, messages
+        licence = _sound(stated.strip()) or None if isinstance(stated, str) else None
+        yield origin, source_name or (_sound(named) if isinstance(named, str) and named else stem), licence, messages
+
+
+def _sound(text: str) -> str:
+    """Text without halves of surrogate pairs, which no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[tuple]:
@@ -248,8 +268,7 @@ def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolRep
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     last = "group" if group else "license"  # targets are never passed on, so nobody asks for their licence
     schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)), ("source", pa.string()), (last, pa.string())])
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with atomic.beside(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         batch: list[dict[str, Any]] = []
         for row_id, source, licence, messages in rows:
             batch.append({"id": row_id, "messages": messages, "source": source, last: group or licence})
@@ -258,5 +277,4 @@ def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolRep
                 batch = []
         if batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    os.replace(beside, path)
     return path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, atomic, config
 from llmselect.array_views import Subset
 from llmselect.arrays import fold_ids
 from llmselect.errors import LlmselectError
@@ -21,9 +21,12 @@ from llmselect.sources import PoolSource, identity
 from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from llmselect.stages import Run
 
 log = logging.getLogger("llmselect")
+USABLE = "pool/usable.npy"
 
 
 def prepare(run: Run) -> None:
@@ -37,46 +40,50 @@ def _prepare(run: Run) -> None:
     key = config.fingerprint({"pool": identity(recipe.pool), "model": config.to_dict(recipe.model),
                               "targets": {name: identity(one) for name, one in recipe.targets.items()},
                               "files": stamps(places)})  # fmt: skip
-    done = folder / "rows.json"
-    if done.exists() and json.loads(done.read_text())["key"] == key:
+    done = folder / account.NAME
+    if done.exists() and account.read(folder)["key"] == key:
+        atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))  # methods may have joined
         return
     if done.exists() and run.store.names():
         raise LlmselectError(f"{folder} was made from other rows or another model (pool, targets or model changed); "
                              "give this run another out=, or delete that folder")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)  # or a kill in between would leave it to vouch for the rows of another recipe
     atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))
     atomic.write_json(folder / "versions.json", _versions())
     with run.timed("prepare"):
-        account = _read_rows(run)
-        account |= _usable(run)
+        found = _read_rows(run)
+        found |= _usable(run)
         if (published := noted(recipe.pool.path)) is not None:
-            account["dataset"] = published
-        atomic.write_json(done, {"key": key, **account})
+            found["dataset"] = published
+        sides = [*(f"targets/{name}" for name in recipe.targets), *(f"tests/{n}" for n, t in recipe.targets.items() if t.test)]
+        arrows = [f"{side}/pool.arrow" for side in ("pool", *sides)]
+        account.write(folder, {"key": key, **found}, [*arrows, USABLE, "versions.json"])
 
 
 def _read_rows(run: Run) -> dict[str, Any]:
     from llmselect.pool import read_pool
 
-    recipe, account = run.recipe, {}
+    recipe, reports = run.recipe, {}
     source: PoolSource = recipe.pool
     evaluation = []
     for name, task in recipe.targets.items():
         shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid, "subset": task.subset}
-        dev, account[f"targets.{name}"] = read_pool(
+        dev, reports[f"targets.{name}"] = read_pool(
             task.dev, split=task.dev_split, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
         )
         evaluation.append(dev)
         if task.test:
-            test, account[f"tests.{name}"] = read_pool(
+            test, reports[f"tests.{name}"] = read_pool(
                 task.test, split=task.test_split, limit=task.test_limit, workdir=run.folder / f"tests/{name}", **shared
             )
             evaluation.append(test)
-    _, account["pool"] = read_pool(
+    _, reports["pool"] = read_pool(
         source.path, columns=source.columns, split=source.split, subset=source.subset, limit=source.limit,
         max_invalid=source.max_invalid, max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool",
         against=evaluation if source.decontaminate else (), quarantine=run.folder / "quarantine.jsonl",
     )  # fmt: skip
-    return {name: report.plain() for name, report in account.items()}
+    return {name: report.plain() for name, report in reports.items()}
 
 
 def _usable(run: Run) -> dict[str, Any]:
@@ -87,8 +94,10 @@ def _usable(run: Run) -> dict[str, Any]:
     data, keep, rejected = run.opened("pool"), array.array("q"), []
     for start in range(0, len(data), 1000):
         part = data[start : start + 1000]
-        for i, row in enumerate(encoder.encode(part["messages"])):
-            if row.response_cut and run.recipe.pool.overlong == "reject":
+        for i, row in enumerate(_encoded(encoder, part["messages"])):
+            if isinstance(row, LlmselectError):
+                reason, why = "template_refuses", str(row)[:300]
+            elif row.response_cut and run.recipe.pool.overlong == "reject":
                 reason, why = "longer_than_context", f"{row.response_cut} response tokens do not fit into {encoder.max_length}"
             elif not (row.content == 2).any():
                 reason, why = "only_special_tokens", "no response text is left between the special tokens"
@@ -100,13 +109,26 @@ def _usable(run: Run) -> dict[str, Any]:
             )
     _replace_lines(run.folder / "quarantine.jsonl", "unusable", rejected)
     if not keep:
-        raise LlmselectError(f"no row of the pool has a response that fits into {encoder.max_length} tokens")
-    with (run.folder / "pool" / "usable.npy").open("wb") as file:
-        np.save(file, np.frombuffer(keep, np.int64), allow_pickle=False)
+        first = f"; the first: {rejected[0]['detail']}" if rejected else ""
+        raise LlmselectError(f"no row of the pool has a response that fits into {encoder.max_length} tokens{first}")
+    buffer = io.BytesIO()
+    np.save(buffer, np.frombuffer(keep, np.int64), allow_pickle=False)
+    atomic.write_bytes(run.folder / USABLE, buffer.getvalue())
     reasons = {r: sum(one["reason"] == r for one in rejected) for r in {one["reason"] for one in rejected}}
     if rejected:
         log.info("%d rows set aside: %s", len(rejected), reasons)
     return {"usable": len(keep), "unusable": reasons}
+
+
+def _encoded(encoder: Any, conversations: list[Any]) -> list[Any]:
+    """Tokens of each conversation, or the error of one that the template refuses: a row of odd roles must not end a run."""
+    try:
+        return encoder.encode(conversations)
+    except LlmselectError as error:
+        if len(conversations) == 1:
+            return [error]
+        half = len(conversations) // 2
+        return _encoded(encoder, conversations[:half]) + _encoded(encoder, conversations[half:])
 
 
 def set_aside(run: Run, features: list[str]) -> None:
@@ -155,10 +177,11 @@ def semantic_duplicates(run: Run) -> np.ndarray | None:
 
 def _replace_lines(quarantine: Path, kind: str, entries: list[dict[str, Any]]) -> None:
     """Put `entries` in the place of those of their kind, so that a stage may run twice."""
-    start = json.dumps({"kind": kind})[:-1]
-    kept = [line for line in quarantine.read_text("utf-8").split("\n") if line and not line.startswith(start)]
-    lines = kept + [json.dumps(one, ensure_ascii=False) for one in entries]
-    atomic.write_text(quarantine, "".join(line + "\n" for line in lines))
+    start = json.dumps({"kind": kind})[:-1].encode()
+    before = quarantine.read_bytes() if quarantine.exists() else b""
+    kept = [line for line in before.split(b"\n") if line and not line.startswith(start)]
+    lines = kept + [json.dumps(one, ensure_ascii=False).encode() for one in entries]
+    atomic.write_bytes(quarantine, b"".join(line + b"\n" for line in lines))
 
 
 def _versions() -> dict[str, str]:
@@ -168,3 +191,12 @@ def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "pyarrow")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
+
+
+def shared_strings(data: Dataset, column: str) -> np.ndarray:
+    """`[n]` strings of a column with few distinct values, each value held once."""
+    out, known = np.empty(len(data), object), dict[str, str]()
+    for start in range(0, len(data), 8192):
+        part = data.select_columns([column])[start : start + 8192][column]
+        out[start : start + len(part)] = [known.setdefault(one, one) for one in part]
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from llmselect.registry import extractors, selectors
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
+from llmselect.semdedup import Dedup
 from llmselect.sources import Model, PoolSource, TargetSource
+from llmselect.store import check_name
 from llmselect.tasks import check_tasks
 from llmselect.train import Train
 
@@ -27,16 +30,6 @@ if TYPE_CHECKING:
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
 _METHOD_KEYS = ("budget", "limits", "groups", "tasks")  # of any method
-
-
-@dataclass(frozen=True)
-class Dedup:
-    """Drop rows that mean the same as a row that stays (SemDeDup), by the cosine of a feature."""
-
-    x: str = field(metadata={"help": "a feature, e.g. an embedding"})
-    threshold: float = field(default=0.95, metadata={"help": "cosine above which rows count as the same"})
-    clusters: int | None = field(default=None, metadata={"help": "rows are compared inside clusters; null: one per 1,000 rows"})
-    quality: str | None = field(default=None, metadata={"help": "feature of which the best row stays; null: a random one"})
 
 
 @dataclass(frozen=True)
@@ -141,18 +134,16 @@ class Recipe:
 
         if not (self.methods or self.refine) or not self.targets:
             raise UsageError(f"{'targets' if self.methods or self.refine else 'methods'}: at least one is needed")
-        rounds = {self.refine.method: None} if self.refine else {}
-        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
-                            ("refine.method", rounds)):  # fmt: skip
-            for name in names:
-                if not name or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
-                    raise UsageError(f"{kind}.{name}: not a name; allowed: letters, digits, '_', '+', '-', not base or full")
+        self._check_names()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"seeds: {self.seeds} must be one or more distinct numbers")
         if self.shard_rows < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
             raise UsageError("shard_rows and batch_tokens must be at least 1")
         _prefixed("budget", lambda: Budget.parse(self.budget))
-        self._check_files()
+        try:
+            self._check_files()
+        except OSError as error:  # a path longer than paths can be
+            raise UsageError(f"{reprlib.repr(error.filename)}: {error.strerror}") from None
         for name in self.features:
             made = self.extractor(name)
             for key in ("adapter", "checkpoints"):
@@ -166,7 +157,8 @@ class Recipe:
                 raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:
             self._check_method(name)
-        self._check_dedup()
+        if self.dedup:
+            self.dedup.check(self.features)
         if self.refine:
             check_refine(self.refine, self)
         validate(self.train)
@@ -175,6 +167,20 @@ class Recipe:
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
             validate(self.warmup.train)
+
+    def _check_names(self) -> None:
+        """Names are folders' as well."""
+        rounds = {self.refine.method: None} if self.refine else {}
+        for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
+                            ("refine.method", rounds)):  # fmt: skip
+            for name in names:
+                plain = name and len(name) <= 100 and all(c.isalnum() or c in "_+-" for c in name)
+                if not plain or name in ("base", "full"):
+                    raise UsageError(f"{kind}.{reprlib.repr(name)[1:-1]}: not a name; allowed: up to 100 letters, digits, '_', "
+                                     "'+', '-', not base or full")  # fmt: skip
+        if not self.out and (Path(self.name).name != self.name or self.name in (".", "..")):
+            raise UsageError(f"name: {reprlib.repr(self.name)} is also a folder's, below runs/; give one without '/', or out=")
+        _prefixed("features", lambda: [check_name(name) for name in self.features])
 
     def _check_files(self) -> None:
         from llmselect.readers import check_source
@@ -214,17 +220,6 @@ class Recipe:
                     raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
                                      f"give features.{one} lazy: false")  # fmt: skip
         check_tasks(self, name)
-
-    def _check_dedup(self) -> None:
-        if self.dedup is None:
-            return
-        for key in ("x", "quality"):
-            feature = getattr(self.dedup, key)
-            if feature is not None and feature.partition(".")[0] not in self.features:
-                raise UsageError(f"dedup.{key}: no feature '{feature}'.{nearest(feature, self.features)} "
-                                 f"There are: {list(self.features)}")  # fmt: skip
-        if not 0 < self.dedup.threshold < 1:
-            raise UsageError(f"dedup.threshold: {self.dedup.threshold} must lie between 0 and 1")
 
 
 def features_in(read: Any) -> list[str]:
@@ -280,6 +275,8 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _named(registry: Any, name: Any, where: str, key: str) -> type:
     if name is None:
         raise UsageError(f"{where}.{key}: missing; one of {', '.join(registry.names())}")
+    if not isinstance(name, str) or len(name) > 100:
+        raise UsageError(f"{where}.{key}: expected a name, got {reprlib.repr(name)}; one of {', '.join(registry.names())}")
     try:
         return registry.get(name)
     except UsageError as error:

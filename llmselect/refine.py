@@ -170,10 +170,10 @@ class _State:
         if not done and (main or everyone):
             value = make()
             if main:
-                atomic.write_json(file, value)
+                atomic.write_sealed(file, {"value": value})
                 log.info("refine: %s", file.relative_to(self.folder).with_suffix(""))
         self.wait()
-        return json.loads(file.read_text("utf-8"))
+        return atomic.read_sealed(file, f"delete {self.folder} and run again")["value"]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -183,8 +183,10 @@ class _State:
     def run(self) -> Selection:
         """All rounds."""
         found = self.step(self.folder / "clusters.json", self.cluster)
-        label = np.load(io.BytesIO((self.folder / "labels.npy").read_bytes()), allow_pickle=False)
-        k, sizes = len(found["sizes"]), np.array(found["sizes"])
+        file = self.folder / "labels.npy"
+        if found.pop("labels", digest := atomic.sha256_file(file)) != digest:  # older versions noted none
+            raise LlmselectError(f"{file} is damaged; delete {self.folder} and run again")
+        label, sizes, k = np.load(file, allow_pickle=False), np.array(found["sizes"]), len(found["sizes"])
         order = in_cluster_order(label, self.values(), self.rng.keys)
         weights, rows, of_round, rounds = np.full(k, 1 / k), np.zeros(0, np.int64), np.zeros(0, np.int64), []
         for number, count in enumerate(self.share, 1):
@@ -238,7 +240,7 @@ class _State:
         buffer = io.BytesIO()
         np.save(buffer, made.label, allow_pickle=False)
         atomic.write_bytes(self.folder / "labels.npy", buffer.getvalue())
-        return {"sizes": made.sizes.tolist(), **report}
+        return {"sizes": made.sizes.tolist(), "labels": atomic.sha256_file(self.folder / "labels.npy"), **report}
 
     def values(self) -> np.ndarray:
         """What rows of a cluster are ranked by: z(quality) / tau + Gumbel noise, or a uniform draw."""

@@ -72,7 +72,7 @@ def _save(run: Run, made: Selection, out: Path, key: dict[str, Any], method: str
     about = {**made.provenance, "key": key, "method": method}
     Selection(made.indices, made.n, None, None, made.evidence, made.nested, about, made.ids).save(out)
     timings = run.folder / "selections" / "seconds.json"
-    known = json.loads(timings.read_text()) if timings.exists() else {}
+    known = atomic.read_json(timings, f"delete {timings} and run again") if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/{out.name}": round(seconds, 3)})
 
 

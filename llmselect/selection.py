@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,9 +63,9 @@ class Budget:
                 return cls(fraction=float(match[1]) / 100)
             if match := re.fullmatch(r"\s*(-?\d+)\s*", value):
                 return cls(rows=int(match[1]))
-            raise UsageError(f"{value!r} is not a budget; {_ALLOWED}")
+            raise UsageError(f"{reprlib.repr(value)} is not a budget; {_ALLOWED}")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{value!r} is not a budget; {_ALLOWED}")
+            raise UsageError(f"{reprlib.repr(value)} is not a budget; {_ALLOWED}")
         return cls(fraction=value) if isinstance(value, float) and 0 < value < 1 else cls(rows=value)  # type: ignore[arg-type]
 
     def rows_of(self, n: int) -> int:

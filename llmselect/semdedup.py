@@ -5,18 +5,38 @@ Paper: SemDeDup, Abbas et al., arXiv 2303.09540, section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from llmselect.errors import UsageError
+from llmselect.errors import UsageError, nearest
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.kmeans import kmeans
 from llmselect.kernels.rows import Rows
 from llmselect.kernels.topk import topk_stable
 
 BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Dedup:
+    """Drop rows that mean the same as a row that stays (SemDeDup), by the cosine of a feature."""
+
+    x: str = field(metadata={"help": "a feature, e.g. an embedding"})
+    threshold: float = field(default=0.95, metadata={"help": "cosine above which rows count as the same"})
+    clusters: int | None = field(default=None, metadata={"help": "rows are compared inside clusters; null: one per 1,000 rows"})
+    quality: str | None = field(default=None, metadata={"help": "feature of which the best row stays; null: a random one"})
+
+    def check(self, features: Collection[str]) -> None:
+        """Errors: `UsageError` for a feature that is not there and a threshold that is none."""
+        for key in ("x", "quality"):
+            feature = getattr(self, key)
+            if feature is not None and feature.partition(".")[0] not in features:
+                raise UsageError(f"dedup.{key}: no feature '{feature}'.{nearest(feature, features)} There are: {list(features)}")
+        if not 0 < self.threshold < 1:
+            raise UsageError(f"dedup.threshold: {self.threshold} must lie between 0 and 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, atomic, config
 from llmselect.array_views import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.mixing import select_within
-from llmselect.prepare import semantic_duplicates, set_aside
+from llmselect.prepare import semantic_duplicates, set_aside, shared_strings
 from llmselect.recipe import Recipe, features_in
 from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import OF_TARGET, inputs_of
@@ -94,7 +94,7 @@ class Run:
     @cached_property
     def pool(self) -> Dataset:
         """The rows that may be selected: kept when read, and with a response that fits into `max_length`."""
-        rows = np.load(self.folder / "pool" / "usable.npy", allow_pickle=False)
+        rows = np.load(account.intact(self.folder, "pool/usable.npy"), allow_pickle=False)
         data = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
@@ -122,7 +122,7 @@ class Run:
         """The rows in a folder of the run."""
         from llmselect.pool import open_rows
 
-        return open_rows(self.folder / place / "pool.arrow")
+        return open_rows(account.intact(self.folder, f"{place}/pool.arrow"))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Run:
         yield
         if self.process.is_main_process:
             file = self.folder / "timings.json"
-            known = json.loads(file.read_text()) if file.exists() else {}
+            known = atomic.read_json(file, f"delete {file} and run again") if file.exists() else {}
             known[name] = round(known.get(name, 0.0) + time.monotonic() - start, 3)
             atomic.write_json(file, known)
 
@@ -249,7 +249,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         else:
             of_target = np.asarray(run.target["group"])
             of_target = of_target if tasks is None else tasks.target_side(of_target)
-            inputs |= {"groups": _shared(run.pool, "source"), "target_groups": of_target}
+            inputs |= {"groups": shared_strings(run.pool, "source"), "target_groups": of_target}
             made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
@@ -259,7 +259,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
     timings = run.folder / "selections" / "seconds.json"
-    known = json.loads(timings.read_text()) if timings.exists() else {}
+    known = atomic.read_json(timings, f"delete {timings} and run again") if timings.exists() else {}
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
@@ -267,7 +267,7 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
     """The arrays that a selector's hook asks for, from features, pool and targets, on the side of the targets of `tasks`."""
     wanted, found = inputs_of(selector), dict(arrays)
     if "groups" in wanted:
-        found["groups"] = _shared(run.pool, "source")
+        found["groups"] = shared_strings(run.pool, "source")
     if "target" in wanted and "x" in reads:
         parts = [name.partition(".") for name in features_in(reads["x"])]
         sides = [run.store[f"{feature}@target{dot}{array}"] for feature, dot, array in parts]
@@ -279,15 +279,6 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
     if tasks is not None:
         found |= {key: tasks.target_side(found[key]) for key in OF_TARGET if key in found}
     return found
-
-
-def _shared(data: Dataset, column: str) -> np.ndarray:
-    """`[n]` strings of a column with few distinct values, each value held once."""
-    out, known = np.empty(len(data), object), dict[str, str]()
-    for start in range(0, len(data), 8192):
-        part = data.select_columns([column])[start : start + 8192][column]
-        out[start : start + len(part)] = [known.setdefault(one, one) for one in part]
-    return out
 
 
 def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:

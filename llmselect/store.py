@@ -7,6 +7,8 @@ Layout, the same whatever the number of processes that wrote it::
     <store>/<feature>/00000.safetensors    rows [0, shard_rows)
     <store>/<feature>/00000.json           its sha256; written after the data, so it also says "complete"
 
+The JSON files hold a checksum of themselves: a changed byte is noticed in every file of a feature.
+
 An array is dense, or CSR as `<array>.indptr`, `.indices`, `.data`; spec.json declares its dtype as `csr:float16` then.
 A feature on the target rows is called `<feature>@target`; one array of several is `<feature>.<array>`.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,14 +35,16 @@ from llmselect.lazy import Compute, LazyArray
 
 VALUE = "value"  # the array meant by a feature's bare name
 SHARD_ROWS = 1024
+REPAIR = "type: llmselect extract … --repair"
 CSR_PARTS = ("indptr", "indices", "data")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(@target)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,99}(@target)?")
 
 
 def check_name(name: str) -> str:
     """A feature's name is also a folder's: anything that could leave the store is refused."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not a feature name; allowed: letters, digits, '_', '+', '-' and a final '@target'")
+        raise UsageError(f"{reprlib.repr(name)} is not a feature name; allowed: up to 100 letters, digits, '_', '+', '-' "
+                         "and a final '@target'")  # fmt: skip
     return name
 
 
@@ -85,15 +90,18 @@ class Feature:
         data = save({name: np.ascontiguousarray(array) for name, array in parts.items()})
         atomic.write_bytes(self.path(shard), data)
         about = {"sha256": hashlib.sha256(data).hexdigest(), **({"non_finite": bad} if bad else {})}
-        atomic.write_json(self.path(shard).with_suffix(".json"), about)
+        atomic.write_sealed(self.path(shard).with_suffix(".json"), about)
+
+    def about(self, shard: int) -> dict[str, Any]:
+        """What is noted beside a shard: its sha256, and which rows are not finite."""
+        return atomic.read_sealed(self.path(shard).with_suffix(".json"), REPAIR)
 
     @cached_property
     def non_finite(self) -> dict[str, np.ndarray]:
         """Per array the rows that hold a NaN or an infinity, ascending, as marked when they were stored."""
         found: dict[str, list[int]] = {}
         for shard in range(self.shards):
-            marked = json.loads(self.path(shard).with_suffix(".json").read_text()).get("non_finite", {})
-            for name, rows in marked.items():
+            for name, rows in self.about(shard).get("non_finite", {}).items():
                 found.setdefault(name, []).extend(rows)
         return {name: np.array(rows, np.int64) for name, rows in found.items()}
 
@@ -102,13 +110,19 @@ class Feature:
         path = self.path(shard)
         if not path.with_suffix(".json").exists():
             raise LlmselectError(f"{path} is missing: extraction did not finish; run the same command again")
-        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
-        if not path.exists() or atomic.sha256_file(path) != expected:
-            raise LlmselectError(f"{path} is damaged (its checksum differs); type: llmselect extract … --repair")
+        if not path.exists() or atomic.sha256_file(path) != self.about(shard)["sha256"]:
+            raise LlmselectError(f"{path} is damaged (its checksum differs); {REPAIR}")
 
     def repair(self) -> list[int]:
-        """Drop damaged shards, so that the next extraction computes them again; returns their numbers."""
+        """Drop damaged shards, so that the next extraction computes them again; returns their numbers.
+
+        Damaged ids are dropped as well: the next extraction writes them again from the rows.
+        """
         damaged = []
+        try:
+            self.ids  # noqa: B018
+        except LlmselectError:
+            self._ids_file.unlink(missing_ok=True)
         for shard in sorted(set(range(self.shards)) - set(self.missing())):
             try:
                 self.verify(shard)
@@ -118,9 +132,17 @@ class Feature:
                 damaged.append(shard)
         return damaged
 
+    @property
+    def _ids_file(self) -> Path:
+        return self.folder / "ids.safetensors"
+
     @cached_property
     def ids(self) -> Ids:
-        return Ids(read_shard(self.folder / "ids.safetensors")["ids"])
+        """The ids of the rows, in order. Errors: `LlmselectError` when their file is missing or damaged."""
+        known = self.spec.get("ids")  # None: written before there was a checksum
+        if not self._ids_file.exists() or (known and atomic.sha256_file(self._ids_file) != known):
+            raise LlmselectError(f"{self._ids_file} is missing or damaged; {REPAIR}")
+        return Ids(read_shard(self._ids_file)["ids"])
 
 
 class FeatureStore:
@@ -143,7 +165,8 @@ class FeatureStore:
         if name not in self.names():
             known = self.names()
             raise UsageError(f"no feature '{name}' in {self.path}.{nearest(name, known)} There are: {known or 'none'}")
-        return Feature(self.path / name, json.loads((self.path / name / "spec.json").read_text()))
+        again = f"delete {self.path / name} and run again"
+        return Feature(self.path / name, atomic.read_sealed(self.path / name / "spec.json", again))
 
     def create(self, name: str, spec: Mapping[str, Any], ids: Sequence[str]) -> Feature:
         """Open feature `name` for writing: new, or the unfinished one of exactly this fingerprint.
@@ -153,16 +176,18 @@ class FeatureStore:
         from safetensors.numpy import save
 
         folder = self.path / check_name(name)
-        spec = {"shard_rows": SHARD_ROWS, **spec, "n": len(ids)}
-        if (folder / "spec.json").exists():
-            self._refuse_other(name, self.open(name).spec, spec)
-            return self.open(name)
         if not len(ids):
             raise UsageError(f"feature '{name}': there are no rows to extract from")
         raw = ids.raw if isinstance(ids, Ids) else digest_ids(ids)
-        atomic.write_bytes(folder / "ids.safetensors", save({"ids": np.ascontiguousarray(raw)}))
-        atomic.write_json(folder / "spec.json", spec)
-        return Feature(folder, json.loads((folder / "spec.json").read_text()))
+        data = save({"ids": np.ascontiguousarray(raw)})
+        spec = {"shard_rows": SHARD_ROWS, **spec, "n": len(ids), "ids": hashlib.sha256(data).hexdigest()}
+        if known := (folder / "spec.json").exists():
+            self._refuse_other(name, self.open(name).spec, spec)
+        if not (folder / "ids.safetensors").exists():
+            atomic.write_bytes(folder / "ids.safetensors", data)
+        if not known:
+            atomic.write_sealed(folder / "spec.json", spec)
+        return self.open(name)
 
     def lazy(self, name: str, spec: Mapping[str, Any], ids: Sequence[str], compute: Compute, **launch: Any) -> LazyArray:
         """The feature `name` (or one array of several, `name.array`) with rows computed on demand; see `llmselect.lazy`.
@@ -181,7 +206,8 @@ class FeatureStore:
         return FeatureStore(self.path / "lazy").create(name, spec, ids)
 
     def _refuse_other(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        old, new = (json.loads(json.dumps({**s, "threads": 0}, sort_keys=True)) for s in (old, new))
+        same = {"threads": 0, "ids": 0}  # the ids follow from the rows; older features do not note them
+        old, new = (json.loads(json.dumps({**s, **same}, sort_keys=True)) for s in (old, new))
         lines = [f"  {key}: stored {a} ≠ wanted {b}" for key, a, b in _differences(old, new)]
         if lines:
             raise LlmselectError(
@@ -193,7 +219,16 @@ class FeatureStore:
         """What the extractor of feature `name` learned from the target rows."""
         from safetensors.numpy import load_file
 
-        return load_file(self.path / f"{check_name(name)}@target" / "fit.safetensors")
+        return load_file(self.fit_file(name))
+
+    def fit_file(self, name: str) -> Path:
+        """The file of what an extractor learned, intact. Errors: `LlmselectError` when it is not."""
+        file = self.path / f"{check_name(name)}@target" / "fit.safetensors"
+        note = file.with_suffix(".json")  # absent: written before there was one
+        again = f"delete {file.parent} and {self.path / name} and run again"
+        if note.exists() and atomic.sha256_file(file) != atomic.read_sealed(note, again)["sha256"]:
+            raise LlmselectError(f"{file} is damaged (its checksum differs); {again}")
+        return file
 
     def remove(self, name: str) -> None:
         """Delete a feature."""

@@ -225,7 +225,7 @@ def _finished(out: Path, key: dict[str, Any]) -> TrainResult | None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise LlmselectError(f"{out} holds files that are no adapter of llmselect; give another out=")
         return None
-    stored = json.loads((out / "train.json").read_text("utf-8"))
+    stored = atomic.read_sealed(out / "train.json", f"delete {out} and run again")
     if lines := config.difference(stored["key"], json.loads(json.dumps(key))):
         raise LlmselectError(f"{out} holds an adapter made otherwise:\n  " + "\n  ".join(lines)
                              + "\nDelete it, or give the run another out=.")  # fmt: skip
@@ -290,4 +290,4 @@ def _save(trainer: Any, weights: dict[str, Any] | None, out: Path, key: dict[str
         digests = {str(f.relative_to(beside)): atomic.sha256_file(f) for f in sorted(beside.rglob("*")) if f.is_file()}
         told = {**asdict(result), "adapter": out.name}
         about = {"key": key, "result": told, "provenance": provenance, "versions": versions, "sha256": digests}
-        atomic.write_json(beside / "train.json", about)
+        atomic.write_sealed(beside / "train.json", about)

@@ -20,6 +20,7 @@ LEVELS = (
     {"sae"},
     {"extractors", "selectors"},
     {
+        "account",
         "stages",
         "mixing",
         "semdedup",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from test_refine import CLUSTERS, STEPS, contents, world
 
 from llmselect import atomic
+from llmselect.errors import LlmselectError
 from llmselect.refine import Loop, Steps, refine
 
 
@@ -85,3 +87,19 @@ def test_sigkill_in_every_step_changes_no_byte(tmp_path):
         child.wait()
         (hurt / "here").unlink()
     assert saved(hurt) == calm
+
+
+def test_changed_state_is_named_and_made_again(tmp_path):
+    calm = saved(tmp_path / "calm")
+    names = [name for name in calm if name.startswith("state/") and name.endswith((".json", ".npy"))]
+    assert "state/labels.npy" in names and len(names) > 12
+    for i, name in enumerate(names):
+        folder = tmp_path / str(i)
+        saved(folder)
+        data = bytearray((folder / name).read_bytes())
+        data[-9] ^= 1
+        (folder / name).write_bytes(data)
+        with pytest.raises(LlmselectError, match=rf"{Path(name).name} is damaged.*; delete {folder / 'state'} and run again"):
+            saved(folder)
+        shutil.rmtree(folder / "state")
+        assert saved(folder) == calm

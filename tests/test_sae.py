@@ -179,6 +179,8 @@ def test_hooks_elsewhere_are_refused(hook):
 
 def test_training_explains_held_out_rows_and_is_judged_by_sae_lens(folder, pool, trained):
     out, report = trained
+    text = (out / "cfg.json").read_text()
+    assert list(json.loads(text)) == sorted(json.loads(text))  # sae-lens's own order changes between processes
     sae, backbone = lens.SAE.load_from_disk(str(out)), Backbone(folder)
     states = training.States(pool, backbone, LAYER, SETTINGS)
     x = states.of(states.held_out)

@@ -126,9 +126,9 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     run = _with_features(plan, model, features)
     file = run.folder / COSTS
     prepare(run)
-    known = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "forwards": {}}
+    known = _noted(file) if file.exists() else {"seconds": {}, "forwards": {}}
     extract_stage(Run(replace(run.recipe, features={})))
-    timings = json.loads((run.folder / "timings.json").read_text())
+    timings = _noted(run.folder / "timings.json")
     for section, count in (("warmup", costs.warmup_forwards), ("sae", costs.sae_forwards)):
         if section in timings and getattr(run.recipe, section) and f"{section}:" not in known["seconds"]:
             known["seconds"][f"{section}:"], known["forwards"][f"{section}:"] = timings[section], round(count(run), 4)
@@ -213,13 +213,13 @@ def _select(run: Run, arm: str, seed: int) -> float:
     took = time.monotonic() - start
     timings = run.folder / "selections" / "seconds.json"
     # Processes that share a run write this file in turn, and an entry may be lost: the clock here is nearly the same.
-    known = json.loads(timings.read_text()) if timings.exists() else {}
+    known = _noted(timings) if timings.exists() else {}
     return known.get(f"{arm}/seed-{seed}", 0.0 if done else took)
 
 
 def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
     """Seconds and forward-equivalents of the features that a method reads, with the warm-up and SAE they need."""
-    known = json.loads((run.folder / COSTS).read_text())
+    known = _noted(run.folder / COSTS)
     names = plan.reads(cell.method)
     for section in ("warmup", "sae"):
         names += [f"{section}:"] if any(needs(plan.grid.features[n], section) for n in names if n[-1] != ":") else []
@@ -229,4 +229,10 @@ def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
 
 
 def _trained(run: Run, arm: str, seed: int) -> dict[str, Any]:
-    return json.loads((run.folder / "adapters" / arm / f"seed-{seed}" / "train.json").read_text())["result"]
+    from llmselect.comparison import trained
+
+    return trained(run, arm, seed)["result"]
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    return atomic.read_json(file, f"delete {file} and run again")

@@ -10,9 +10,10 @@ from typing import Any
 
 from llmselect import config
 from llmselect.errors import UsageError, nearest
-from llmselect.recipe import Dedup, Model, PoolSource, Recipe, TargetSource, Warmup, features_in
+from llmselect.recipe import Model, PoolSource, Recipe, TargetSource, Warmup, features_in
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
+from llmselect.semdedup import Dedup
 from llmselect.tasks import aimed
 from llmselect.train import Train
 

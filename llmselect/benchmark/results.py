@@ -56,13 +56,23 @@ class Result:
             atomic.write_bytes(path.with_suffix(".npy"), buffer.getvalue())
             about["losses"] = {task: len(values) for task, values in losses.items()}
             about["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-        atomic.write_text(path, json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+        about["checksum"] = atomic.checksum(about)
+        atomic.write_text(path, _text(about))
+
+
+def _text(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load(path: Path) -> Result:
     """Read a cell's file. Errors: `LlmselectError` naming one that is damaged."""
     try:
-        about = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        about = json.loads(text)
+        # Cells measured before there were checksums have the means of their losses for one.
+        sealed = about.get("checksum") == atomic.checksum(about) and text == _text(about)
+        if "checksum" in about and not sealed:
+            raise ValueError("it was changed: its checksum differs")
         losses = about["losses"]
         if "sha256" in about:
             beside = path.with_suffix(".npy")
@@ -73,8 +83,10 @@ def load(path: Path) -> Result:
             parts = np.split(flat.astype(np.float64), ends[:-1])
             losses = dict(zip(sorted(losses), parts, strict=True))
         found = {task: np.asarray(values, np.float64) for task, values in losses.items()}
+        if any(round(float(values.mean()), 6) != about["mean"][task] for task, values in found.items()):
+            raise ValueError("the losses are not those of which it tells the mean")
         return Result(**{name: about[name] for name in FACTS}, losses=found, key=about["key"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise LlmselectError(f"{path} is no result of a benchmark ({error}); delete it and run the grid again") from error
 
 

@@ -14,6 +14,7 @@ import torch
 
 from llmselect import atomic
 from llmselect.chat import ChatEncoder
+from llmselect.engine.memory import is_out_of_memory
 from llmselect.errors import LlmselectError, UsageError
 
 log = logging.getLogger("llmselect")
@@ -43,7 +44,10 @@ class Backbone:
         self.tokenizer = from_pretrained("AutoTokenizer", model)
         self.text_config = self.config.get_text_config()
         limit = getattr(self.text_config, "max_position_embeddings", None) or 2048
-        limit = min(limit, self.tokenizer.model_max_length)
+        stated = self.tokenizer.model_max_length
+        if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:
+            raise UsageError(f"model: {model!r}: model_max_length of its tokenizer is {stated!r}, not a number of tokens")
+        limit = min(limit, int(min(stated, limit)))
         if max_length is not None and max_length > limit:
             raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
         self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
@@ -58,7 +62,10 @@ class Backbone:
         if self.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+            try:
+                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+            except Exception as error:  # as for models: what damaged files raise
+                raise unreadable("adapter", self.adapter, error) from error
         model = model.to(self.device).eval().requires_grad_(False)
         model.config.use_cache = False
         return model
@@ -154,10 +161,18 @@ def from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        return getattr(transformers, kind).from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"model: cannot read {path!r} ({kind}): {first}") from error
+        # False, not the default: at None transformers asks on the terminal whether to run the code of a model.
+        return getattr(transformers, kind).from_pretrained(path, trust_remote_code=False, **kwargs)
+    except Exception as error:  # damaged files raise what their readers like: SafetensorError, KeyError, TypeError
+        raise unreadable("model", path, error, f" ({kind})") from error
+
+
+def unreadable(what: str, path: str, error: Exception, how: str = "") -> Exception:
+    """`UsageError` that says why `what` cannot be read at `path`; `error` itself when it means that memory is short."""
+    if is_out_of_memory(error):
+        return error
+    told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return UsageError(f"{what}: cannot read {path!r}{how}: {told[0].strip()}")
 
 
 def weights_digest(path: str, config: Any = None) -> str:

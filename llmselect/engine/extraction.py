@@ -142,7 +142,10 @@ def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any, p
         assert target is not None
         fit(run, target, pool)
         for name, file in files.items():
-            atomic.write_bytes(file, save({k: v.cpu().contiguous() for k, v in run.states[name].items()}))
+            data = save({k: v.cpu().contiguous() for k, v in run.states[name].items()})
+            file.with_suffix(".json").unlink(missing_ok=True)  # of a file that was lost
+            atomic.write_bytes(file, data)
+            atomic.write_sealed(file.with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest()})
     process.wait_for_everyone()
     device = run.backbone.device
-    run.states = {name: {k: v.to(device) for k, v in load_file(file).items()} for name, file in files.items()}
+    run.states = {name: {k: v.to(device) for k, v in load_file(store.fit_file(name)).items()} for name in files}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmselect import atomic
 from llmselect.compare import kl_reductions
 from llmselect.errors import LlmselectError
 from llmselect.recipe import looks_like_path
@@ -202,4 +203,4 @@ def method_report(report: dict[str, Any]) -> dict[str, Any]:
 def results(folder: Path) -> dict[str, Any] | None:
     """`results.json` of the run, if it was evaluated."""
     file = folder / "results.json"
-    return json.loads(file.read_text("utf-8")) if file.exists() else None
+    return atomic.read_json(file, "run the same recipe again") if file.exists() else None

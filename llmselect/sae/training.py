@@ -101,7 +101,7 @@ def _finished(out: Path, key: Mapping[str, Any]) -> SaeReport | None:
         if out.exists() and any(out.iterdir()):
             raise LlmselectError(f"{out} holds files that are no SAE of llmselect; give another out=")
         return None
-    stored = json.loads((out / "training.json").read_text("utf-8"))
+    stored = atomic.read_sealed(out / "training.json", f"delete {out} and run again")
     if lines := config.difference(stored["key"], json.loads(json.dumps(key))):
         raise LlmselectError(
             f"{out} holds an SAE made otherwise:\n  " + "\n  ".join(lines) + "\nDelete it, or give another out=."
@@ -254,6 +254,8 @@ class _Training:
         trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
         with atomic.replace_dir(out) as beside:
             trainer.sae.save_inference_model(str(beside))
+            cfg = beside / "cfg.json"  # sae-lens writes it in the order of a set, another one in every process
+            atomic.write_json(cfg, atomic.read_json(cfg, "run again"))
             sae, states = load(str(beside), device=str(self.backbone.device)), self.states.of(self.states.held_out)
             unexplained, fired = Unexplained(), 0
             for part in states.split(4096):
@@ -262,7 +264,7 @@ class _Training:
             report = SaeReport(round(unexplained.value, 6), round(fired / len(states), 3), dead, sae.cfg.d_sae,
                                trainer.n_training_samples, round(seconds, 1))  # fmt: skip
             digests = {f.name: atomic.sha256_file(f) for f in sorted(beside.iterdir())}
-            atomic.write_json(beside / "training.json", {"key": self.key, "report": asdict(report), "sha256": digests})
+            atomic.write_sealed(beside / "training.json", {"key": self.key, "report": asdict(report), "sha256": digests})
         shutil.rmtree(self.scratch, ignore_errors=True)
         log.info("SAE: %s", report.describe())
         return report
