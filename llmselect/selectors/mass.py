@@ -64,7 +64,7 @@ class Mass(Selector):
         """Tags above the threshold, `scipy.sparse.csr_array` in float64."""
         from scipy.sparse import csr_array
 
-        kept = csr_array(rows, dtype=np.float64)
+        kept = csr_array(rows, dtype=np.float64, copy=True)  # the columns may be a read-only map of the store
         kept.data = np.where(kept.data > self.threshold, 1.0 if self.binary else kept.data, 0.0)
         kept.eliminate_zeros()
         return kept
