@@ -13,6 +13,9 @@ A feature on the target rows is called `<feature>@target`; one array of several 
 
 from __future__ import annotations
 
+# What JSON gives has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import json
 import re
@@ -75,7 +78,7 @@ class Feature:
         """Store one shard, complete or absent; rows that are not finite are marked beside its checksum."""
         from safetensors.numpy import save
 
-        expected, parts = len(self.rows(shard)), {}
+        expected, parts = len(self.rows(shard)), dict[str, Any]()
         for name, array in arrays.items():
             if len(array) != expected:
                 raise LlmselectError(f"{self.folder.name}: array '{name}' has {len(array)} rows, shard {shard} {expected}")
@@ -108,7 +111,7 @@ class Feature:
 
     def repair(self) -> list[int]:
         """Drop damaged shards, so that the next extraction computes them again; returns their numbers."""
-        damaged = []
+        damaged: list[int] = []
         for shard in sorted(set(range(self.shards)) - set(self.missing())):
             try:
                 self.verify(shard)

@@ -52,15 +52,17 @@ def method(name: str) -> dict[str, str]:
     return found
 
 
-def launched(recipe: Path, out: Path, stage: str, processes: int = 1, **changed: int) -> list[str]:
+def launched(recipe: Path, out: Path, stage: str, processes: int = 1, by: str = "accelerate", **changed: int) -> list[str]:
     """The command that runs a stage on this many processes; `accelerate launch --cpu` would start one (accelerate#2741)."""
     module = ["-m", "llmselect", stage, str(recipe), f"out={out}", *(f"{k}={v}" for k, v in changed.items())]
-    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if by == "accelerate":
+        several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     return [sys.executable, *(several if processes > 1 else []), *module]
 
 
-def run(recipe: Path, out: Path, stage: str = "select", processes: int = 1, threads: int = 1, **changed: int) -> Path:
+def run(recipe: Path, out: Path, stage: str = "select", processes: int = 1, threads: int = 1, **changed: Any) -> Path:
     """Run a stage to its end and return its folder."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(launched(recipe, out, stage, processes, **changed), env=env, capture_output=True, text=True)

@@ -24,7 +24,7 @@ SIZES = {"BLOCK", "BATCH"}
 
 
 def features(case: contract.Case) -> dict[str, np.ndarray]:
-    """Inputs of a case in half precision around a few directions; every third row is a copy of another, so that there are ties."""
+    """Inputs of a case in half precision around a few directions; every third row is a copy of another: there are ties."""
     rng = np.random.default_rng(3)
     copies = np.arange(N) % 3 == 0
     source = rng.integers(0, N // 3, N) * 3 + 1

@@ -17,12 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import launches
 import tiny
-
 from llmselect.registry import selectors
 
 RUNS: dict[str, dict[str, int]] = {
     "2 processes": {"processes": 2}, "3 processes": {"processes": 3}, "4 processes": {"processes": 4},
-    "150 tokens a batch": {"batch_tokens": 150}, "4,096 tokens a batch, 64 rows a shard": {"batch_tokens": 4096, "shard_rows": 64},
+    "150 tokens a batch": {"batch_tokens": 150}, "4,096 tokens, 64 rows a shard": {"batch_tokens": 4096, "shard_rows": 64},
     "2 threads": {"threads": 2}, "4 threads": {"threads": 4}}  # fmt: skip
 
 
@@ -46,10 +45,9 @@ def main() -> None:
             shares = [f"{worst[kind]:.1e}" if worst[kind] else "same bytes" for kind in ("float16", "float32", "int8")]
             lines.append(f"| {name} | {' | '.join(shares)} | {', '.join(differing) or f'none of {len(selectors.names())}'} |")
             print(lines[-1], flush=True)
-    if a.out:
-        text = f"# Launches\n\n```bash\npython eval/performance/launch.py\n```\n{__doc__.split('shard.')[1].rstrip()}\n"
-        text = f"# Launches\n\n```bash\npython eval/performance/launch.py --rows {a.rows}\n```\n\n" + "\n".join(lines) + "\n"
-        a.out.write_text(text)
+            if a.out:
+                head = f"# Launches\n\n```bash\npython eval/performance/launch.py --rows {a.rows}\n```\n\n"
+                a.out.write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

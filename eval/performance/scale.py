@@ -6,18 +6,21 @@
 
 `load`: short synthetic chats as one JSONL file, as a folder of Parquet files, and as a stream of `datasets` over that folder,
 through `load_pool`. `select`: float16 features of 500 directions in a `FeatureStore` (sparse ones: 64 of 4,096 columns; one
-column where a method reads scores), 60 target rows of three groups, 1 % selected, every registered selector at its defaults.
+number a row where a method reads scores), 60 target rows of three groups, 1 % selected, every registered selector at its
+defaults.
 
-Memory is watched from outside, fifty times a second: `anon` is the peak of RssAnon, what the process holds; `peak` is VmHWM,
-which counts pages of mapped files too, and those the system takes back when it needs them. A cell that runs longer than
-`--limit` seconds or holds more than `--cap` GB is ended and larger sizes of it are left out. Cells are kept in scale.json, so
-that sizes can be added one at a time, and scale.md is written from them. `--scratch` holds the data, which is deleted.
+Seconds are those of the processor, user and system, on one thread: other work on the machine does not count. Memory is
+watched from outside, fifty times a second: `anon` is the peak of RssAnon, what the process holds; `peak` is VmHWM, which counts
+pages of mapped files too, and those the system takes back when it needs them. A cell that takes more than `--limit` seconds or
+holds more than `--cap` GB is ended and larger sizes of it are left out. Cells are kept in scale.json, so that sizes can be added
+one at a time, and scale.md is written from them. `--scratch` holds the data, which is deleted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--budget", default="1%")
-    parser.add_argument("--limit", type=float, default=600, help="seconds of one cell")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of the processor for one cell")
     parser.add_argument("--cap", type=float, default=8, help="GB of anonymous memory of one cell")
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--scratch", type=Path, help="a folder for the data; a temporary one by default")
@@ -86,14 +89,15 @@ def run(a: argparse.Namespace, n: int, folder: Path, cells: list[dict[str, Any]]
 
 def watched(about: dict[str, Any], limit: float, cap: float) -> dict[str, Any]:
     """Run one cell; its seconds, and the peaks of its memory in MB."""
-    start, anon, peak, stopped = time.monotonic(), 0.0, 0.0, None
+    anon, peak, stopped = 0.0, 0.0, None
+    single = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
     command = [sys.executable, __file__, "cell", "--cell", json.dumps(about)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
-        child = subprocess.Popen(command, stdout=out, stderr=told)
+        child = subprocess.Popen(command, stdout=out, stderr=told, env=single)
         while child.poll() is None:
             status = memory(child.pid)
             anon, peak = max(anon, status.get("RssAnon", 0.0)), max(peak, status.get("VmHWM", 0.0))
-            if time.monotonic() - start > limit:
+            if used(child.pid) > limit:
                 stopped = f"{limit:g} s"
             elif anon > cap * 1024:
                 stopped = f"{cap:g} GB"
@@ -122,6 +126,15 @@ def memory(pid: int) -> dict[str, float]:
     return {line.split(":")[0]: float(line.split()[1]) / 1024 for line in lines if line.endswith(" kB")}
 
 
+def used(pid: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def write(out: Path, cells: list[dict[str, Any]]) -> None:
     """scale.json and the tables in scale.md, between its markers."""
     out.mkdir(parents=True, exist_ok=True)
@@ -134,29 +147,48 @@ def write(out: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def table(part: str, dim: int, cells: list[dict[str, Any]]) -> str:
-    """One Markdown table: a row per name, seconds at every size, slopes, and the memory at the largest size."""
+    """One Markdown table: a row per name, seconds at every size, the slope, the memory at the largest size, and what both
+    come to at 100 million rows."""
     here = [c for c in cells if (c["part"], c["dim"]) == (part, dim)]
     sizes = sorted({c["rows"] for c in here})
     title = {"load": "Loading", "store": f"A store of {dim:,} columns", "select": f"Selecting from {dim:,} columns"}[part]
-    head = ["", *(f"{n:,} rows, s" for n in sizes), "slope", "at", "anon, MB", "peak, MB", "MB per million rows"]
+    head = ["", *(f"{n:,} rows, s" for n in sizes), "slope", "at rows", "anon, MB", "peak, MB", "100M rows, h", "and GB"]
     lines = [f"\n### {title}\n", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(c["name"] for c in here):
         mine = {c["rows"]: c for c in here if c["name"] == name}
-        shown = [f"> {c['stopped']}" if c and "stopped" in c else f"{c['seconds']:.2f}" if c else "" for c in map(mine.get, sizes)]
+        shown = [cell(mine.get(n)) for n in sizes]
         done = [c for c in mine.values() if "seconds" in c]
-        last = done[-1] if done else {"rows": 0, "anon_mb": 0, "peak_mb": 0}
-        grown = f"{(last['anon_mb'] - done[0]['anon_mb']) / (last['rows'] - done[0]['rows']) * 1e6:,.0f}" if len(done) > 1 else ""
-        about = [slope(done), f"{last['rows']:,}", f"{last['anon_mb']:,}", f"{last['peak_mb']:,}", grown]
-        lines.append(f"| `{name}` | {' | '.join([*shown, *about])} |")
+        last = [f"{done[-1][k]:,}" for k in ("rows", "anon_mb", "peak_mb")] if done else [""] * 3
+        lines.append(f"| `{name}` | {' | '.join([*shown, slope(done), *last, *projected(done)])} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """Seconds, or what ended the cell."""
+    if found is None:
+        return ""
+    return f"> {found['stopped']}" if "stopped" in found else f"{found['seconds']:.2f}"
 
 
 def slope(done: list[dict[str, Any]]) -> str:
     """The exponent of seconds against rows, by least squares of the logarithms."""
-    if len(done) < 2:
-        return ""
+    return f"{exponent(done):.2f}" if len(done) > 1 else ""
+
+
+def exponent(done: list[dict[str, Any]]) -> float:
     seconds = np.log([max(c["seconds"], 1e-3) for c in done])
-    return f"{np.polyfit(np.log([c['rows'] for c in done]), seconds, 1)[0]:.2f}"
+    return float(np.polyfit(np.log([c["rows"] for c in done]), seconds, 1)[0])
+
+
+def projected(done: list[dict[str, Any]], rows: int = 100_000_000) -> tuple[str, str]:
+    """Hours and GB at `rows`: seconds by the exponent, at least 1, from the largest size; memory on a line through the last
+    two."""
+    if len(done) < 2 or done[-1]["rows"] < 1_000_000:  # from fewer rows, constants would be taken for growth
+        return "", ""
+    before, last = done[-2:]
+    hours = last["seconds"] * (rows / last["rows"]) ** max(1.0, exponent(done)) / 3600
+    growth = max(0.0, (last["anon_mb"] - before["anon_mb"]) / (last["rows"] - before["rows"]))
+    return f"{hours:,.1f}", f"{(last['anon_mb'] + growth * (rows - last['rows'])) / 1024:,.1f}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# scikit-learn has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +45,9 @@ def kmeans(x: Rows, k: int, rng: Keyed, *, iterations: int = 25, per_centroid: i
     """Cluster rows of `x [n, d]` into `k`.
 
     Centroids come from at most `k · per_centroid` rows drawn by row id, so that the order of the pool does not matter, and
-    from fewer (not below 39 each) where those would take more than 1 GB; all rows are then assigned in blocks. The same seed gives the same clusters; another number of threads may move rows that
-    lie equally near to two centroids within float32.
+    from fewer (not below 39 each) where those would take more than 1 GB; all rows are then assigned in blocks. The
+    same seed gives the same clusters; another number of threads may move rows that lie equally near to two centroids within
+    float32.
 
     Errors: `UsageError` when there are fewer rows than clusters.
     """
@@ -80,7 +84,7 @@ def silhouettes(x: Rows, candidates: list[int], rng: Keyed) -> dict[int, float]:
 
     rows = topk_stable(rng.uniform("silhouette"), min(len(x), SAMPLE), rng.keys)
     sample = x.gather(rows)
-    found = {}
+    found: dict[int, float] = {}
     for k in candidates:
         made = kmeans(Rows(sample, normalize=x.normalize), k, Keyed(rng.seed, rng.keys[rows]))
         if 1 < len(np.unique(made.label)) < len(sample):
