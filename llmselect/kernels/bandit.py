@@ -55,7 +55,7 @@ class Bandit:
     def draw(self, arms: np.ndarray) -> Drawn:
         """The next rows of these arms; arms without rows give none."""
         drawn: Drawn = []
-        for arm in arms.tolist():
+        for arm in map(int, arms.tolist()):
             if len(rows := self.left[arm][: self.portion[arm]]):
                 self.left[arm] = self.left[arm][len(rows) :]
                 drawn.append((arm, rows))
