@@ -253,3 +253,29 @@ class Subset:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
+
+
+class Columns:
+    """Some columns of an array, as an array of their own; whatever else the array has (ids, spec, …) is seen through it."""
+
+    def __init__(self, array: Any, columns: np.ndarray):
+        self.array, self.columns = array, columns
+        self.shape, self.dtype, self.ndim = (len(array), len(columns), *array.shape[2:]), array.dtype, array.ndim
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("array", "blocks"):
+            raise AttributeError(name)
+        return getattr(self.array, name)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, tuple):
+            return self[rows[0]][(slice(None), *rows[1:])]
+        if isinstance(rows, int | np.integer):
+            return self.array[rows][self.columns]
+        return self.array[rows][:, self.columns]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)

@@ -18,6 +18,7 @@ from llmselect.selection import Budget
 from llmselect.stages import Run
 
 SAMPLE = 512  # pool rows read and passed to measure speed
+FORWARD_ROWS = 128
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         share = len(run.pool) / min(total, SAMPLE)
         rows = int(total * share)
         seconds, bytes_per_row, tokens_per_row = _passes(run)
+        step = 3 * _forward(run)  # forward and backward
     budget = Budget.parse(recipe.budget)
     selected = budget.rows_of(rows) if budget.tokens is None else int(budget.tokens / max(1.0, tokens_per_row))
     trainings = (len(recipe.methods) + recipe.full + (recipe.refine is not None)) * len(recipe.seeds)
@@ -45,8 +47,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "extract_minutes": round(seconds * rows / 60, 2),
         "trainings": trainings,
         "tokens_per_training": trained,
-        "train_minutes": round(3 * seconds * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
-        "note": f"speed measured on {min(total, SAMPLE)} rows here; training taken as 3 × the cost of the passes",
+        "train_minutes": round(step * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
+        "note": f"speed measured on {min(total, SAMPLE)} rows here; training taken as 3 × the cost of a forward pass",
     }
 
 
@@ -82,6 +84,19 @@ def _passes(run: Run) -> tuple[float, float, float]:
     size = sum(f.stat().st_size for f in Path(run.store.path).rglob("*.safetensors") if "@target" not in str(f))
     tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())
     return seconds / len(run.pool), size / len(run.pool), tokens
+
+
+def _forward(run: Run) -> float:
+    """Seconds per row of a plain forward pass, without those of loading the model."""
+    from llmselect.evaluate import row_losses
+
+    model, took = run.recipe.model, []
+    sizes = [1, min(len(run.pool), FORWARD_ROWS)]
+    for rows in sizes:
+        start = time.monotonic()
+        row_losses(model.path, None, {"pool": run.pool.select(range(rows))}, dtype=model.dtype, max_length=model.max_length)
+        took.append(time.monotonic() - start)
+    return max(0.0, took[1] - took[0]) / max(1, sizes[1] - 1)
 
 
 def _short_warm_up(recipe: Recipe) -> Any:

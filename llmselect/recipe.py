@@ -19,13 +19,14 @@ from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
 from llmselect.sources import Model, PoolSource, TargetSource
+from llmselect.tasks import check_tasks
 from llmselect.train import Train
 
 if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
-_METHOD_KEYS = ("budget", "limits", "groups")  # of any method
+_METHOD_KEYS = ("budget", "limits", "groups", "tasks")  # of any method
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class Recipe:
         given = self.methods[name].get("limits")
         return None if given is None else config.from_dict(Limits, given, f"methods.{name}.limits")
 
+    def tasks_of(self, name: str) -> list[str] | None:
+        """The targets that method `name` selects for; None: all."""
+        return self.methods[name].get("tasks")
+
     def grouping_of(self, name: str) -> Clustering | None:
         """The clusters that method `name` takes as groups; None: the sources of the rows."""
         return Clustering.parse(self.methods[name].get("groups"), f"methods.{name}.groups")
@@ -206,7 +211,7 @@ class Recipe:
             if self.lazy(str(feature)) and key not in selector.lazy:
                 raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "
                                  f"give features.{feature} lazy: false")  # fmt: skip
-
+        check_tasks(self, name)
 
     def _check_dedup(self) -> None:
         if self.dedup is None:

@@ -35,8 +35,9 @@ from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside
 from llmselect.recipe import Recipe
 from llmselect.selection import Budget, Selection
-from llmselect.selectors._base import inputs_of
+from llmselect.selectors._base import OF_TARGET, inputs_of
 from llmselect.store import FeatureStore
+from llmselect.tasks import Tasks, tasks_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -193,38 +194,55 @@ def select_stage(run: Run) -> None:
                 run.main_first(lambda method=method, seed=seed: _select(run, method, seed))
 
 
+def _key(run: Run, method: str, seed: int, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What a selection follows from."""
+    selector, reads = run.recipe.selector(method)
+    specs = {key: {k: v for k, v in array.spec.items() if k != "part"} for key, array in arrays.items()}
+    key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
+           "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
+    if grouping := run.recipe.grouping_of(method):
+        specs["groups"] = dict(run.store.open(grouping.x.partition(".")[0]).spec)
+        key["groups"] = config.to_dict(grouping)
+    if limits := run.recipe.limits_of(method):
+        key["limits"] = config.to_dict(limits)
+    if tasks := run.recipe.tasks_of(method):
+        key["tasks"] = tasks
+    if run.recipe.dedup is not None:
+        key["dedup"] = config.to_dict(run.recipe.dedup)
+    return {**key, "features": config.fingerprint(specs)}
+
+
 def _select(run: Run, method: str, seed: int) -> None:
     out = run.folder / "selections" / method / f"seed-{seed}"
     selector, reads = run.recipe.selector(method)
     arrays: dict[str, Any] = {key: run.array(name) for key, name in reads.items()}
-    specs = {key: {k: v for k, v in array.spec.items() if k != "part"} for key, array in arrays.items()}
-    key = {"selector": selector.name, "config": config.to_dict(selector), "seed": seed, "reads": reads,
-           "features": config.fingerprint(specs), "budget": Budget.parse(run.recipe.budget_of(method)).plain()}  # fmt: skip
-    limits, dropped = run.recipe.limits_of(method), semantic_duplicates(run)
-    if grouping := run.recipe.grouping_of(method):
-        specs = {**specs, "groups": dict(run.store.open(grouping.x.partition(".")[0]).spec)}
-        key |= {"groups": config.to_dict(grouping), "features": config.fingerprint(specs)}
-    if limits is not None:
-        key["limits"] = config.to_dict(limits)
-    if dropped is not None:
-        key["dedup"] = config.to_dict(run.recipe.dedup)
+    limits, dropped, tasks = run.recipe.limits_of(method), semantic_duplicates(run), tasks_of(run, method)
+    key = _key(run, method, seed, arrays)
     if (out / "selection.json").exists():
         if lines := config.difference(Selection.load(out).provenance["key"], json.loads(json.dumps(key))):
             raise LlmselectError(f"{out} was selected otherwise:\n  " + "\n  ".join(lines)
                                  + "\nDelete it, or give the run another out=.")  # fmt: skip
         return
     start = time.monotonic()
-    inputs = {"seed": seed, "ids": run.store.open(TOKENS).ids, "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
-              "exclude": dropped, **_inputs(run, type(selector), reads, arrays), **clusters_for(run, grouping, dropped)}
+    inputs = {
+        "seed": seed,
+        "ids": run.store.open(TOKENS).ids,
+        "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
+        "exclude": dropped,
+        **_inputs(run, type(selector), reads, arrays, tasks),
+        **clusters_for(run, run.recipe.grouping_of(method), dropped),
+    }
     try:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)
         else:
-            inputs |= {"groups": _shared(run.pool, "source"), "target_groups": np.asarray(run.target["group"])}
+            of_target = np.asarray(run.target["group"])
+            of_target = of_target if tasks is None else tasks.target_side(of_target)
+            inputs |= {"groups": _shared(run.pool, "source"), "target_groups": of_target}
             made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
-    evidence = {**made.evidence, **_top_tokens(run, reads, made)}
+    evidence = {**(tasks.evidence(made.evidence, selector.name) if tasks else made.evidence), **_top_tokens(run, reads, made)}
     seconds = round(time.monotonic() - start, 3)
     provenance = {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
@@ -235,9 +253,12 @@ def _select(run: Run, method: str, seed: int) -> None:
     atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
 
 
-def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays that a selector's hook asks for, from features, pool and targets."""
+def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str, Any], tasks: Tasks | None) -> dict[str, Any]:
+    """The arrays that a selector's hook asks for, from features, pool and targets, on the side of the targets of `tasks`."""
     wanted, found = inputs_of(selector), dict(arrays)
+    if tasks is not None:
+        by_group = {key for key, name in reads.items() if run.recipe.extractor(name.partition(".")[0]).by_group}
+        found |= {key: tasks.pool_side(found[key]) for key in by_group}
     if "groups" in wanted:
         found["groups"] = _shared(run.pool, "source")
     if "target" in wanted and "x" in reads:
@@ -247,6 +268,8 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, str], arrays: dict[str
         found["target_groups"] = np.asarray(run.target["group"])
     if "target_cost" in wanted:
         found["target_cost"] = np.asarray(run.store[f"{TOKENS}@target.supervised"])
+    if tasks is not None:
+        found |= {key: tasks.target_side(found[key]) for key in OF_TARGET if key in found}
     return found
 
 

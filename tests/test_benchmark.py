@@ -74,12 +74,12 @@ def test_a_grid_runs_once(finished):
     only = parse_only(TWO, plan)
     assert [(c.method, c.seed) for c in tally.ran] == [("random", 0), ("random", 1), ("trim", 0), ("trim", 1)]
     results = [load(plan.results / c.path) for c in tally.ran]
-    usable = len(np.load(plan.folder / "tiny/t/pool/usable.npy"))
+    usable = len(np.load(plan.folder / "tiny/pool/usable.npy"))
     assert [(r.rows, r.losses["t"].shape) for r in results] == [(usable // 5, (6,))] * 4
     assert all(0 < r.tokens < 500 and r.seconds["train"] > 0 for r in results)
     assert [r.forwards for r in results] == [0, 0, 1, 1] and results[2].seconds["features"] > 0
     assert len({tuple(r.losses["t"]) for r in results}) == 4
-    assert not list(plan.folder.glob("**/adapter_model.safetensors")) and not (plan.folder / "tiny/t/features/rds").exists()
+    assert not list(plan.folder.glob("**/adapter_model.safetensors")) and not (plan.folder / "tiny/features/rds").exists()
     stamps = {f: f.stat().st_mtime_ns for f in plan.results.rglob("*.json")}
     assert run_grid(plan, only).ran == [] and {f: f.stat().st_mtime_ns for f in plan.results.rglob("*.json")} == stamps
     text = (plan.results / tally.ran[0].path).read_text()
@@ -264,15 +264,13 @@ def test_lds_of_a_linear_datamodel_is_known():
 
 def test_lds_on_a_tiny_model_resumes(tmp_path, tiny_model):
     plan = load_grid(grid(tmp_path, tiny_model))
-    files = lds.train_subsets(plan, "tiny", "t", tmp_path / "lds", 3)
+    files = lds.train_subsets(plan, "tiny", tmp_path / "lds", 3)
     first = json.loads(files[0].read_text())
     files[1].unlink()
     stamp = files[0].stat().st_mtime_ns
-    again = lds.train_subsets(plan, "tiny", "t", tmp_path / "lds", 4)
+    again = lds.train_subsets(plan, "tiny", tmp_path / "lds", 4)
     assert len(again) == 4 and files[0].stat().st_mtime_ns == stamp and first["rows"] == 17
-    from llmselect.stages import Run
-
-    found = {one.method: one for one in lds.report(Run(plan.recipe("tiny", "t")), again)}
-    assert {"trim-20pct", "rds-20pct", "random-20pct"} <= set(found) and all(one.subsets == 4 for one in found.values())
+    found = {one.method: one for one in lds.report(plan, "tiny", "t", again)}
+    assert {"trim-20pct-t", "rds-20pct-t", "random-20pct"} <= set(found) and all(one.subsets == 4 for one in found.values())
     with pytest.raises(LlmselectError, match="fraction"):
-        lds.train_subsets(plan, "tiny", "t", tmp_path / "lds", 3, 0.4)
+        lds.train_subsets(plan, "tiny", tmp_path / "lds", 3, 0.4)

@@ -26,6 +26,7 @@ LEVELS = (
         "clustering",
         "latents",
         "sources",
+        "tasks",
         "color",
         "ensemble",
         "prepare",

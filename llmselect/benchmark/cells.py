@@ -1,4 +1,4 @@
-"""Running a grid: features once per model and target set, then cell after cell, on as many processes as there are."""
+"""Running a grid: features once per model, then cell after cell, on as many processes as there are."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def run_grid(plan: Plan, only: Mapping[str, set[str]] | None = None, *, wait: fl
     Returns what this process did. It ends when all cells are done, so it may wait for those of other processes.
     """
     tally, ready = Tally(), set()
-    needed: dict[tuple[str, str], list[str]] = {}
+    needed: dict[str, list[str]] = {}
     for cell in plan.cells(only):
-        known = needed.setdefault((cell.model, cell.target), [])
+        known = needed.setdefault(cell.model, [])
         known += [name for name in plan.reads(cell.method) if name not in known]
     while todo := [cell for cell in missing(plan, only) if cell not in tally.failed]:
         before = len(tally.ran) + len(tally.failed)
         for cell in todo:
             try:
-                _attempt(plan, cell, needed[cell.model, cell.target], ready, tally)
+                _attempt(plan, cell, needed[cell.model], ready, tally)
             except LlmselectError as error:
                 tally.failed[cell] = str(error)
                 log.error("%s: %s", cell, error)
@@ -73,20 +73,21 @@ def run_grid(plan: Plan, only: Mapping[str, set[str]] | None = None, *, wait: fl
     return tally
 
 
-def _attempt(plan: Plan, cell: Cell, features: Sequence[str], ready: set[tuple[str, str]], tally: Tally) -> None:
-    path, group = plan.results / cell.path, (cell.model, cell.target)
-    with claim(plan.folder / "claims" / cell.path) as mine:
+def _attempt(plan: Plan, cell: Cell, features: Sequence[str], ready: set[str], tally: Tally) -> None:
+    path = plan.results / cell.path
+    # What one trains for several targets is trained by one process; the others find its adapter.
+    with claim(plan.folder / "claims" / cell.model / f"{plan.arm_of(cell)}-seed-{cell.seed}") as mine:
         if not mine or path.exists():
             return
-        if group not in ready:
-            with claim(_group_claim(plan, cell)) as alone:
+        if cell.model not in ready:
+            with claim(_features_claim(plan, cell.model)) as alone:
                 if not alone:
                     return
-                extract_group(plan, *group, features)
-            ready.add(group)
+                extract_features(plan, cell.model, features)
+            ready.add(cell.model)
         # Rows of a lazy feature are numbered by request: only one process may make requests.
-        if any(plan.recipe(*group).lazy(name) for name in plan.reads(cell.method)):
-            with claim(_group_claim(plan, cell)) as alone:
+        if any(plan.recipe(cell.model).lazy(name) for name in plan.reads(cell.method)):
+            with claim(_features_claim(plan, cell.model)) as alone:
                 made = run_cell(plan, cell) if alone else None
         else:
             made = run_cell(plan, cell)
@@ -95,23 +96,31 @@ def _attempt(plan: Plan, cell: Cell, features: Sequence[str], ready: set[tuple[s
         made.save(path)
         tally.ran.append(cell)
         log.info("%s: NLL %.4f, %.1f s", cell, made.nll, sum(v for k, v in made.seconds.items() if k != "features"))
-        if not plan.grid.keep and cell.method != BASE:
-            run = plan.folder / cell.model / cell.target
-            shutil.rmtree(run / "adapters" / cell.arm / f"seed-{cell.seed}", ignore_errors=True)
-            (run / "evaluation" / cell.arm / f"seed-{cell.seed}.json").unlink(missing_ok=True)
+        _tidy(plan, cell)
 
 
-def _group_claim(plan: Plan, cell: Cell) -> Path:
-    return plan.folder / "claims" / cell.model / f"{cell.target}.features"
+def _tidy(plan: Plan, cell: Cell) -> None:
+    """Remove the adapter that no other missing cell needs."""
+    arm = plan.arm_of(cell)
+    shared = [one for one in plan.cells() if (one.model, one.seed, plan.arm_of(one)) == (cell.model, cell.seed, arm)]
+    if plan.grid.keep or cell.method == BASE or not all((plan.results / one.path).exists() for one in shared):
+        return
+    run = plan.folder / cell.model
+    shutil.rmtree(run / "adapters" / arm / f"seed-{cell.seed}", ignore_errors=True)
+    (run / "evaluation" / arm / f"seed-{cell.seed}.json").unlink(missing_ok=True)
 
 
-def extract_group(plan: Plan, model: str, target: str, features: Sequence[str]) -> Run:
-    """Pool, targets and `features` of a model and target set, with the warm-up and SAE that they need, each feature by
-    itself so that its seconds are its own; `costs.json` has seconds and forward-equivalents by feature."""
+def _features_claim(plan: Plan, model: str) -> Path:
+    return plan.folder / "claims" / model / "features"
+
+
+def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
+    """Pool, targets and `features` of a model, with the warm-up and SAE that they need, each feature by itself so that its
+    seconds are its own; `costs.json` has seconds and forward-equivalents by feature."""
     from llmselect.prepare import prepare, semantic_duplicates
     from llmselect.stages import extract_stage
 
-    run = _with_features(plan, model, target, features)
+    run = _with_features(plan, model, features)
     file = run.folder / COSTS
     prepare(run)
     known = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "forwards": {}}
@@ -136,9 +145,9 @@ def extract_group(plan: Plan, model: str, target: str, features: Sequence[str]) 
     return run
 
 
-def _with_features(plan: Plan, model: str, target: str, features: Sequence[str]) -> Run:
-    """The run of a group with the features asked for and those that it has already."""
-    recipe = plan.recipe(model, target)
+def _with_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
+    """The run of a model with the features asked for and those that it has already."""
+    recipe = plan.recipe(model)
     wanted = {name for name in (recipe.dedup.x, recipe.dedup.quality) if name} if recipe.dedup else set()
     wanted = {*features, *(name.partition(".")[0] for name in wanted), *Run(recipe).store.names()}
     kept = {name: options for name, options in recipe.features.items() if name in wanted}
@@ -148,49 +157,61 @@ def _with_features(plan: Plan, model: str, target: str, features: Sequence[str])
 
 
 def one_arm(plan: Plan, cell: Cell) -> Run:
-    """The run of the cell's model and target set, with its method, budget and seed alone."""
-    recipe = plan.recipe(cell.model, cell.target)
-    methods = {cell.arm: recipe.methods[cell.arm]} if cell.method not in (BASE, FULL) else {}
+    """The run of the cell's model with its arm and seed alone."""
+    recipe, arm = plan.recipe(cell.model), plan.arm_of(cell)
+    methods = {arm: recipe.methods[arm]} if cell.method not in (BASE, FULL) else {}
     return Run(replace(recipe, methods=methods, seeds=[cell.seed], full=cell.method == FULL))
+
+
+def _measured(plan: Plan, run: Run, cell: Cell) -> dict[str, np.ndarray]:
+    """Held-out losses on the cell's tasks; what is trained for all targets is measured on all tasks at once."""
+    from llmselect.comparison import measure
+
+    tasks = plan.grid.sets[cell.target]
+    if plan.aimed(cell.method):
+        run = Run(replace(run.recipe, targets={name: plan.grid.tasks[name] for name in tasks}))
+    found = measure(run, plan.arm_of(cell), None if cell.method == BASE else cell.seed)
+    return {name: found[name] for name in tasks}
 
 
 def run_cell(plan: Plan, cell: Cell) -> Result:
     """Select, train and measure one cell; what an earlier process had finished of it is used."""
-    from llmselect.comparison import chosen, measure, train_stage
+    from llmselect.comparison import chosen, train_stage
 
     run, rows, tokens = one_arm(plan, cell), 0, 0
+    arm = plan.arm_of(cell)
     seconds = {"features": 0.0, "select": 0.0, "train": 0.0, "evaluate": 0.0}
     forwards = 0.0
     if cell.method not in (BASE, FULL):
-        seconds["select"] = _select(run, cell)
+        seconds["select"] = _select(run, arm, cell.seed)
         seconds["features"], forwards = _cost(plan, cell, run)
     if cell.method != BASE:
         train_stage(run)
-        seconds["train"] = _trained(run, cell)["seconds"]
+        seconds["train"] = _trained(run, arm, cell.seed)["seconds"]
         cost = np.asarray(run.store[f"{TOKENS}.supervised"])
-        selection = chosen(run, cell.arm, cell.seed)[1]
+        selection = chosen(run, arm, cell.seed)[1]
         rows, tokens = (len(cost), cost.sum()) if selection is None else (len(selection), cost[selection.indices].sum())
     start = time.monotonic()
-    losses = measure(run, cell.arm, None if cell.method == BASE else cell.seed)
+    losses = _measured(plan, run, cell)
     seconds["evaluate"] = time.monotonic() - start
-    tests = {name: config.fingerprint(list(data["id"]))[:16] for name, data in run.tests.items()}
+    tests = {name: config.fingerprint(list(run.tests[name]["id"]))[:16] for name in losses}
     return Result(plan.grid.name, cell.model, cell.target, cell.method, cell.budget, cell.seed, int(rows), int(tokens),
                   {k: round(float(v), 3) for k, v in seconds.items()}, round(forwards, 4), tests, losses,
                   plan.key(cell))  # fmt: skip
 
 
-def _select(run: Run, cell: Cell) -> float:
+def _select(run: Run, arm: str, seed: int) -> float:
     """Select, and the seconds that it took, now or in an earlier process."""
     from llmselect.stages import select_stage
 
-    kept = run.folder / "selections" / cell.arm / f"seed-{cell.seed}"
+    kept = run.folder / "selections" / arm / f"seed-{seed}"
     done, start = (kept / "selection.json").exists(), time.monotonic()
     select_stage(run)
     took = time.monotonic() - start
     timings = run.folder / "selections" / "seconds.json"
     # Processes that share a run write this file in turn, and an entry may be lost: the clock here is nearly the same.
     known = json.loads(timings.read_text()) if timings.exists() else {}
-    return known.get(f"{cell.arm}/seed-{cell.seed}", 0.0 if done else took)
+    return known.get(f"{arm}/seed-{seed}", 0.0 if done else took)
 
 
 def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
@@ -204,5 +225,5 @@ def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
             sum(known["forwards"].get(name, 0.0) * share.get(name, 1.0) for name in names))  # fmt: skip
 
 
-def _trained(run: Run, cell: Cell) -> dict[str, Any]:
-    return json.loads((run.folder / "adapters" / cell.arm / f"seed-{cell.seed}" / "train.json").read_text())["result"]
+def _trained(run: Run, arm: str, seed: int) -> dict[str, Any]:
+    return json.loads((run.folder / "adapters" / arm / f"seed-{seed}" / "train.json").read_text())["result"]

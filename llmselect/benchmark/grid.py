@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmselect.errors import UsageError, nearest
 from llmselect.recipe import Dedup, Model, PoolSource, Recipe, TargetSource, Warmup
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
+from llmselect.tasks import aimed
 from llmselect.train import Train
 
 BASE, FULL = "base", "full"
@@ -105,11 +106,6 @@ class Cell:
     seed: int
 
     @property
-    def arm(self) -> str:
-        """The method's name in the run of this cell: one per budget."""
-        return self.method if self.method in (BASE, FULL) else f"{self.method}-{slug(self.budget)}"
-
-    @property
     def path(self) -> Path:
         """The file of the cell below the folder of results."""
         return Path(self.model) / self.target / self.method / f"{slug(self.budget)}-seed-{self.seed}.json"
@@ -124,6 +120,7 @@ class Plan:
 
     grid: Grid
     home: Path
+    _aimed: dict[str, bool] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:
@@ -147,18 +144,39 @@ class Plan:
                     found += [Cell(model, target, FULL, EVERYTHING, seed) for seed in self.grid.seeds]
         return [c for c in found if all(str(getattr(c, key)) in wanted for key, wanted in (only or {}).items())]
 
-    def recipe(self, model: str, target: str) -> Recipe:
-        """The recipe of one model and target set: a method per arm and budget."""
+    def recipe(self, model: str) -> Recipe:
+        """The recipe of one model, which every cell of it is a part of: all tasks, and a method per arm."""
         grid, methods = self.grid, {}
-        for method, (options, budgets) in grid.arms().items():
-            methods |= {f"{method}-{slug(label(b))}": {**options, "budget": b.plain()} for b in budgets}
-        tasks = {name: grid.tasks[name] for name in grid.sets[target]}
-        return Recipe(
-            name=f"{grid.name}-{model}-{target}", model=grid.models[model], pool=grid.pool, targets=tasks, methods=methods,
-            features=grid.features, seeds=list(grid.seeds), train=grid.train, full=False, dedup=grid.dedup,
-            warmup=grid.warmup, sae=grid.sae, batch_tokens=grid.batch_tokens, shard_rows=grid.shard_rows,
-            out=str(self.folder / model / target),
+        plain = Recipe(
+            name=f"{grid.name}-{model}", model=grid.models[model], pool=grid.pool, targets=grid.tasks, features=grid.features,
+            seeds=list(grid.seeds), train=grid.train, full=False, dedup=grid.dedup, warmup=grid.warmup, sae=grid.sae,
+            batch_tokens=grid.batch_tokens, shard_rows=grid.shard_rows, out=str(self.folder / model), methods={},
         )  # fmt: skip
+        for method, (options, budgets) in grid.arms().items():
+            for target, tasks in grid.sets.items():
+                part = {"tasks": tasks} if self.aimed(method) else {}
+                methods |= {self.arm(method, label(b), target): {**options, **part, "budget": b.plain()} for b in budgets}
+        return replace(plain, methods=methods)
+
+    def arm(self, method: str, budget: str, target: str) -> str:
+        """The name of what is selected and trained for a cell: one for all targets where the method looks at none."""
+        if method in (BASE, FULL):
+            return method
+        return f"{method}-{slug(budget)}" + (f"-{target}" if self.aimed(method) else "")
+
+    def arm_of(self, cell: Cell) -> str:
+        """The arm that a cell measures."""
+        return self.arm(cell.method, cell.budget, cell.target)
+
+    def aimed(self, method: str) -> bool:
+        """Whether a method selects other rows for another target."""
+        if method in (BASE, FULL):
+            return False
+        if method not in self._aimed:
+            grid = self.grid
+            recipe = Recipe("", next(iter(grid.models.values())), grid.pool, {}, {method: grid.arms()[method][0]}, grid.features)
+            self._aimed[method] = aimed(recipe, method)
+        return self._aimed[method]
 
     def reads(self, method: str) -> list[str]:
         """The features that a method reads."""
@@ -171,7 +189,8 @@ class Plan:
         """What the numbers of a cell follow from; paths are told as the file writes them, whatever the machine."""
         grid, made = self.grid, {"model": config.to_dict(self.grid.models[cell.model])}
         made["pool"] = config.to_dict(grid.pool)
-        made["tasks"] = {name: config.to_dict(grid.tasks[name]) for name in grid.sets[cell.target]}
+        made["tasks"] = config.to_dict(grid.tasks)  # of all: the pool holds no text of any of their test rows
+        made["target"] = grid.sets[cell.target]
         if cell.method != BASE:
             made |= {"train": config.to_dict(grid.train), "seed": cell.seed}
         if cell.method not in (BASE, FULL):
@@ -193,7 +212,7 @@ class Plan:
         places = {v: k for k, v in self.grid.vars.items() if isinstance(v, str) and v}
         for place in sorted(places, key=len, reverse=True):
             if value == place or value.startswith(place.rstrip("/") + "/"):
-                return "${" + places[place] + "}" + value[len(place.rstrip("/")):]
+                return "${" + places[place] + "}" + value[len(place.rstrip("/")) :]
         return os.path.relpath(value, self.home) if Path(value).is_absolute() else value
 
 
@@ -231,8 +250,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     plain = config.apply_overrides(plain, list(overrides))
     plan = Plan(config.from_dict(Grid, config.substitute(plain, plain.get("vars") or {})), file.parent.resolve())
     for model in plan.grid.models:
-        for target in plan.grid.sets:
-            plan.recipe(model, target).check()
+        plan.recipe(model).check()
     return plan
 
 

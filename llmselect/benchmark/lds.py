@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from llmselect import atomic, config
-from llmselect.benchmark.cells import extract_group
+from llmselect.benchmark.cells import extract_features
 from llmselect.benchmark.claims import claim
-from llmselect.benchmark.grid import FULL, Cell, Plan
+from llmselect.benchmark.grid import FULL, Cell, Plan, label
 from llmselect.benchmark.statistics import spearman_interval
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.selection import Selection
@@ -64,21 +64,21 @@ def subset_rows(ids: Sequence[str], number: int, fraction: float = 0.5) -> np.nd
     return Random().select({"fraction": fraction}, seed=number, ids=ids).indices
 
 
-def train_subsets(plan: Plan, model: str, target: str, folder: Path, count: int = 40, fraction: float = 0.5) -> list[Path]:
-    """Fine-tune on subsets 0 … count - 1 and measure them, one JSON each; those that exist or that another process works
-    on are skipped. Returns the files that exist."""
+def train_subsets(plan: Plan, model: str, folder: Path, count: int = 40, fraction: float = 0.5) -> list[Path]:
+    """Fine-tune on subsets 0 … count - 1 and measure them on all tasks, one JSON each; those that exist or that another
+    process works on are skipped. Returns the files that exist."""
     if count < 3 or not 0 < fraction < 1:
         raise UsageError(f"subsets: {count} of a share of {fraction}; give at least 3 and a share between 0 and 1")
     features = [name for method in plan.grid.arms() for name in plan.reads(method)]
-    with claim(plan.folder / "claims" / model / f"{target}.features") as alone:
+    with claim(plan.folder / "claims" / model / "features") as alone:
         if not alone:
-            raise LlmselectError(f"another process extracts the features of {model} {target}; start again when it is done")
-        run = extract_group(plan, model, target, features)
-    ids = list(run.pool["id"])
+            raise LlmselectError(f"another process extracts the features of {model}; start again when it is done")
+        run = extract_features(plan, model, features)
+    ids, made = list(run.pool["id"]), plan.key(Cell(model, next(iter(plan.grid.sets)), FULL, "100%", 0))
     for number in range(count):
         path = folder / f"subset-{number}.json"
-        key = {**plan.key(Cell(model, target, FULL, "100%", 0)), "fraction": fraction, "subset": number}
-        with claim(plan.folder / "claims" / model / f"{target}-lds-{number}") as mine:
+        key = {**{k: v for k, v in made.items() if k != "target"}, "fraction": fraction, "subset": number}
+        with claim(plan.folder / "claims" / model / f"lds-{number}") as mine:
             if path.exists() and (lines := config.difference(json.loads(path.read_text())["key"], json.loads(json.dumps(key)))):
                 raise LlmselectError(f"{path} was measured with other settings:\n  " + "\n  ".join(lines) + "\nDelete it.")
             if mine and not path.exists():
@@ -106,14 +106,14 @@ def _one(run: Run, rows: np.ndarray, number: int) -> dict[str, Any]:
             "seconds": round(time.monotonic() - start, 2)}  # fmt: skip
 
 
-def scores_of(run: Run, methods: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def scores_of(run: Run, methods: Sequence[str]) -> dict[str, np.ndarray]:
     """Method → scores of the whole pool `[n]`, of the methods whose selections hold some; higher means picked earlier.
 
     Scores per target group are averaged. A method that takes its smallest scores has them negated. Rows without a score
     get the mean of the others: they say nothing.
     """
     found = {}
-    for arm in run.recipe.methods if methods is None else methods:
+    for arm in methods:
         only = Run(replace(run.recipe, methods={arm: run.recipe.methods[arm]}, seeds=run.recipe.seeds[:1]))
         select_stage(only)
         made = Selection.load(run.folder / "selections" / arm / f"seed-{run.recipe.seeds[0]}")
@@ -125,11 +125,13 @@ def scores_of(run: Run, methods: Sequence[str] | None = None) -> dict[str, np.nd
     return found
 
 
-def report(run: Run, files: Sequence[Path], methods: Sequence[str] | None = None) -> list[Lds]:
-    """The LDS of the run's methods over the subsets measured.
+def report(plan: Plan, model: str, target: str, files: Sequence[Path]) -> list[Lds]:
+    """The LDS of the methods that the grid has, selecting for one set of tasks, over the subsets measured.
 
     Errors: `LlmselectError` for a subset of another pool.
     """
+    run = Run(plan.recipe(model))
+    arms = [plan.arm(method, label(budgets[0]), target) for method, (_, budgets) in plan.grid.arms().items()]
     ids, members, nll = list(run.pool["id"]), [], []
     for file in files:
         about = json.loads(file.read_text())
@@ -137,12 +139,21 @@ def report(run: Run, files: Sequence[Path], methods: Sequence[str] | None = None
         if config.fingerprint(sorted(ids[i] for i in rows)) != about["ids"]:
             raise LlmselectError(f"{file} was measured on another pool; delete it")
         members.append(rows)
-        nll.append(float(np.mean(list(about["nll"].values()))))
-    return lds(scores_of(run, methods), members, nll)
+        nll.append(float(np.mean([about["nll"][task] for task in plan.grid.sets[target]])))
+    return lds(scores_of(run, arms), members, nll)
 
 
-def markdown(found: Sequence[Lds], title: str) -> str:
-    """The table."""
-    head = ["| method | LDS [95 %] | subsets |", "|---|---:|---:|"]
-    rows = [f"| {one.method} | {one.rho:+.3f} [{one.low:+.3f}, {one.high:+.3f}] | {one.subsets} |" for one in found]
-    return "\n".join([f"# {title}", "", *head, *rows, ""])
+def markdown(found: Mapping[str, Sequence[Lds]], title: str) -> str:
+    """The table: a line per method, a column per set of tasks, the best mean first."""
+    by_method: dict[str, dict[str, Lds]] = {}
+    for target, table in found.items():
+        for one in table:
+            name = one.method.removesuffix(f"-{target}")
+            by_method.setdefault(name, {})[target] = one
+    mean = {name: float(np.mean([one.rho for one in row.values()])) for name, row in by_method.items()}
+    best = sorted(by_method, key=lambda name: -mean[name] if np.isfinite(mean[name]) else np.inf)
+    lines = ["| method | mean | " + " | ".join(found) + " |", "|---|---:|" + "---:|" * len(found)]
+    for name in best:
+        cells = [f"{one.rho:+.2f} [{one.low:+.2f}, {one.high:+.2f}]" if (one := by_method[name].get(t)) else "" for t in found]
+        lines.append(f"| {name} | {mean[name]:+.3f} | " + " | ".join(cells) + " |")
+    return "\n".join([f"# {title}", "", *lines, ""])

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 
 from llmselect.benchmark.cells import COSTS, missing
-from llmselect.benchmark.grid import BASE, Cell, Plan, needs, slug
+from llmselect.benchmark.grid import BASE, Cell, Plan, needs
 from llmselect.benchmark.results import Result, load
 
 
 def outlook(plan: Plan, only: Mapping[str, set[str]] | None = None) -> dict[str, Any]:
     """Cells done and missing by method, and the seconds that the missing ones take one after the other.
 
-    The time of a cell is the mean of the done ones of its method, else of all; that of a model and target set without
-    features the mean of the others. While nothing is done, speed is measured on some rows of the first of them.
+    The time of a cell is the mean of the done ones of its method, else of all; that of a model without features the mean
+    of the others. While nothing is done, speed is measured on some rows with the first of them.
     """
     cells, left = plan.cells(only), set(missing(plan, only))
     done = [load(plan.results / cell.path) for cell in cells if cell not in left]
     features = {name for cell in cells for name in plan.reads(cell.method)}
-    ready = {(c.model, c.target): _extracting(plan, c, features) for c in cells}
+    ready = {c.model: _extracting(plan, c, features) for c in cells}
     known = [seconds for seconds in ready.values() if seconds is not None]
-    unready = {(c.model, c.target) for c in left if ready[c.model, c.target] is None}
+    unready = {c.model for c in left if ready[c.model] is None}
     table: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for cell in cells:
         table[f"{cell.method} {cell.budget}"][cell in left] += 1
@@ -41,8 +41,8 @@ def outlook(plan: Plan, only: Mapping[str, set[str]] | None = None) -> dict[str,
 
 
 def _extracting(plan: Plan, cell: Cell, features: set[str]) -> float | None:
-    """Seconds that the features of a model and target set took; None while some are missing."""
-    file = plan.folder / cell.model / cell.target / COSTS
+    """Seconds that the features of a model took; None while some are missing."""
+    file = plan.folder / cell.model / COSTS
     known = json.loads(file.read_text())["seconds"] if file.exists() else {}
     lazy = {name for name, one in plan.grid.features.items() if one.get("lazy")}
     return sum(known.values()) if file.exists() and features <= set(known) | lazy else None
@@ -59,12 +59,12 @@ def _per_cell(done: list[Result], left: set[Cell]) -> float:
 def _measured(plan: Plan, first: Cell, left: set[Cell]) -> tuple[float, float]:
     from llmselect.estimate import estimate
 
-    recipe = plan.recipe(first.model, first.target)
-    budget = f"random-{slug(next(c.budget for c in plan.cells() if c.method == 'random'))}"
+    recipe, arm = plan.recipe(first.model), next(plan.arm_of(c) for c in plan.cells() if c.method == "random")
     used = {name: one for name, one in recipe.features.items() if any(name in plan.reads(c.method) for c in left)}
     sae = recipe.sae if any(needs(one, "sae") for one in used.values()) else None
-    found = estimate(replace(recipe, methods={budget: recipe.methods[budget]}, seeds=[0], features=used, sae=sae))
-    return 60 * found["train_minutes"] * sum(c.method != BASE for c in left), 60 * found["extract_minutes"]
+    found = estimate(replace(recipe, methods={arm: recipe.methods[arm]}, seeds=[0], features=used, sae=sae))
+    trainings = len({(c.model, plan.arm_of(c), c.seed) for c in left if c.method != BASE})
+    return 60 * found["train_minutes"] * trainings, 60 * found["extract_minutes"]
 
 
 def text(found: dict[str, Any], plan: Plan) -> str:
@@ -74,6 +74,6 @@ def text(found: dict[str, Any], plan: Plan) -> str:
     lines = [f"{plan.grid.name}: {found['done']} of {found['cells']} cells done, {found['missing']} missing"]
     lines += [f"  {name:<28} {done:>4} done {lacking:>4} missing" for name, (done, lacking) in found["methods"].items()]
     if found["missing"]:
-        lines.append(f"  features to extract for {found['extract']} sets of targets")
+        lines.append(f"  features to extract with {found['extract']} models")
         lines.append(f"  about {duration(found['seconds'])} in one process ({found['note']})")
     return "\n".join(lines)

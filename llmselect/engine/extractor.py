@@ -28,6 +28,7 @@ class Extractor:
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the numbers change: stored features of the old version are then refused
     fits: ClassVar[bool] = False  # whether the target rows are needed before the pool pass
+    by_group: ClassVar[bool] = False  # whether the first axis after the rows of its arrays is that of the target groups
     alone: ClassVar[bool] = False  # whether it needs a pass and a model of its own: it runs backward, or changes the model
 
     model: str = field(default="", metadata={"help": "the causal LM: a folder or a Hub id; a recipe fills it in"})

@@ -42,6 +42,7 @@ class Influence(Extractor):
 
     alone = True
     fits = True
+    by_group = True
     version = 2
 
     method: Literal["jvp", "difference", "sketch"] = field(default="jvp", metadata={"help": "how ⟨∇L(z), v⟩ is computed"})

@@ -42,6 +42,7 @@ class Trim(Extractor):
     `[n, G, evidence]`; position -1 where a row has fewer tokens."""
 
     fits = True
+    by_group = True
 
     saliency: Literal["attention", "uniform"] = field(
         default="attention", metadata={"help": "uniform weighs all target tokens alike: the ablation without attention"}
