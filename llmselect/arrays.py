@@ -168,9 +168,10 @@ class Stored:
         """(shard, positions in `index`, rows within the shard)."""
         size = self.feature.spec["shard_rows"]
         shard_of = index // size
-        for shard in np.unique(shard_of):
-            here = np.flatnonzero(shard_of == shard)
-            yield int(shard), here, index[here] - shard * size
+        order = np.argsort(shard_of, kind="stable")  # once, not a search per shard: scattered rows lie in all of them
+        shards, start = np.unique(shard_of[order], return_index=True)
+        for shard, here in zip(shards.tolist(), np.split(order, start[1:]), strict=True):
+            yield shard, here, index[here] - shard * size
 
     def blocks(self, rows: int = 8192) -> Iterator[tuple[int, Any]]:
         """`(start, block)` over all rows in order."""

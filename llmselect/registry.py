@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# A class of any kind of method.
+# pyright: reportUnknownMemberType=false
 import importlib
 import inspect
 import logging

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# pyarrow has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import importlib
 import io
@@ -36,7 +39,7 @@ class Budget:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.rows, self.fraction, self.tokens) if v is not None]
+        given: list[Any] = [v for v in (self.rows, self.fraction, self.tokens) if v is not None]
         if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
             raise UsageError(f"a budget has exactly one of rows, fraction, tokens; {_ALLOWED}")
         if not given[0] > 0 or given[0] == float("inf"):
@@ -107,9 +110,9 @@ class Selection:
     n: int
     scores: np.ndarray | None = None
     weights: np.ndarray | None = None
-    evidence: Mapping[str, np.ndarray] = field(default_factory=dict)
+    evidence: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     nested: bool = True
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
     ids: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -210,7 +213,7 @@ class Selection:
             buffer = io.BytesIO()
             np.save(buffer, self.scores, allow_pickle=False)
             files["scores.npy"] = buffer.getvalue()
-        about = {
+        about: dict[str, Any] = {
             "n": self.n,
             "nested": self.nested,
             "provenance": dict(self.provenance),

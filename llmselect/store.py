@@ -15,6 +15,9 @@ A feature on the target rows is called `<feature>@target`; one array of several 
 
 from __future__ import annotations
 
+# What JSON gives has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import json
 import re
@@ -80,7 +83,7 @@ class Feature:
         """Store one shard, complete or absent; rows that are not finite are marked beside its checksum."""
         from safetensors.numpy import save
 
-        expected, parts = len(self.rows(shard)), {}
+        expected, parts = len(self.rows(shard)), dict[str, Any]()
         for name, array in arrays.items():
             if len(array) != expected:
                 raise LlmselectError(f"{self.folder.name}: array '{name}' has {len(array)} rows, shard {shard} {expected}")
@@ -118,7 +121,7 @@ class Feature:
 
         Damaged ids are dropped as well: the next extraction writes them again from the rows.
         """
-        damaged = []
+        damaged: list[int] = []
         try:
             self.ids  # noqa: B018
         except LlmselectError:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llmselect.array_views import Subset
 from llmselect.arrays import Csr, Stored, not_finite
 from llmselect.engine.passes import SparseRows
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.pool import Seen
 from llmselect.store import FeatureStore
 
@@ -102,3 +103,32 @@ def test_seen_is_a_set(values, waiting):
         assert seen.add(digest) == (digest not in known)
         known.add(digest)
     assert sum(map(len, seen.runs)) + len(seen.waiting) == len(known)
+
+
+def test_a_flipped_byte_or_another_origin_is_refused_and_repair_drops_the_shard(tmp_path):
+    store, spec = FeatureStore(tmp_path), {"arrays": {"value": ["float32", [3]]}, "shard_rows": 4, "model": {"weights": "a"}}
+    feature = store.create("emb", spec, [f"{i:032x}" for i in range(10)])
+    for shard in range(feature.shards):
+        feature.write(shard, {"value": np.full((len(feature.rows(shard)), 3), shard, np.float32)})
+    with pytest.raises(LlmselectError, match="shard 2 2"):
+        feature.write(2, {"value": np.zeros((3, 3), np.float32)})
+    assert store["emb"][[9, 0, 5]][:, 0].tolist() == [2, 0, 1] and feature.repair() == []
+    data = bytearray(feature.path(1).read_bytes())
+    data[-1] ^= 1
+    feature.path(1).write_bytes(data)
+    with pytest.raises(LlmselectError, match=r"00001\.safetensors is damaged"):
+        store["emb"][5]
+    assert feature.repair() == [1] == feature.missing()
+    with pytest.raises(LlmselectError, match="1 of 3 shards are missing"):
+        store["emb"]
+    with pytest.raises(LlmselectError, match="is missing: extraction did not finish"):
+        feature.verify(1)
+    with pytest.raises(LlmselectError, match=r"model\.weights: stored a ≠ wanted b"):
+        store.create("emb", {**spec, "model": {"weights": "b"}}, [f"{i:032x}" for i in range(10)])
+    store.remove("emb")
+    with pytest.raises(UsageError, match="no feature 'emb'"):
+        store["emb"]
+    with pytest.raises(UsageError, match="no rows to extract from"):
+        store.create("emb", spec, [])
+    with pytest.raises(UsageError, match="is not a feature name"):
+        store.create("../emb", spec, ["0"])

@@ -75,3 +75,16 @@ def test_small_layers_spread_over_all_columns():
         Fold.make(0, f"layer{layer}", 5, 256).add(out, torch.ones(1, 5))
         used += out.abs()
     assert used.sum() == 2000 and used.min() > 0 and used.max() < 30
+
+
+def test_folded_rows_keep_products_of_rows_whose_numbers_have_one_sign():
+    from llmselect.kernels.rows import Rows
+
+    d, dim = 4096, 256
+    x = np.zeros((2, d))
+    x[0, : d // 2], x[1, d // 2 :] = 1, 1  # orthogonal, but sums of columns without signs would be parallel
+    folded = Rows(x, normalize=False, dim=dim)[:]
+    inner, sd = folded @ folded.T, (d / 2) / np.sqrt(dim)
+    assert abs(inner[0, 1]) < 4 * sd
+    assert abs(inner[0, 0] - d / 2) < 4 * np.sqrt(2) * sd and abs(inner[1, 1] - d / 2) < 4 * np.sqrt(2) * sd
+    assert folded.shape == (2, dim)

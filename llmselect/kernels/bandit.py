@@ -28,7 +28,7 @@ class Bandit:
         self.label, self.sizes, self.alpha = clusters.label, clusters.sizes, alpha
         order = np.lexsort((rng.keys, rng.uniform("bandit"), self.label))
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.left = [order[a:b] for a, b in itertools.pairwise(starts)]
+        self.left: list[np.ndarray] = [order[a:b] for a, b in itertools.pairwise(starts)]
         self.portion = np.maximum(least, np.ceil(gamma * self.sizes)).astype(np.int64)
         arms = len(self.sizes)
         self.pulls, self.total, self.count = np.zeros(arms), np.zeros(arms), np.zeros(arms)
@@ -54,8 +54,8 @@ class Bandit:
 
     def draw(self, arms: np.ndarray) -> Drawn:
         """The next rows of these arms; arms without rows give none."""
-        drawn = []
-        for arm in arms.tolist():
+        drawn: Drawn = []
+        for arm in map(int, arms.tolist()):
             if len(rows := self.left[arm][: self.portion[arm]]):
                 self.left[arm] = self.left[arm][len(rows) :]
                 drawn.append((arm, rows))
@@ -65,7 +65,7 @@ class Bandit:
                accepting: bool) -> list[np.ndarray]:  # fmt: skip
         """Learn the rewards of a round; the finite rows of every pull whose mean is above the threshold, which is asked for
         once all means of the round are known."""
-        bonus, pulled, at = self._bounds()[1], [], 0
+        bonus, pulled, at = self._bounds()[1], list[tuple[dict[str, Any], np.ndarray]](), 0
         for arm, rows in drawn:
             reward = rewards[at : at + len(rows)]
             at += len(rows)

@@ -9,6 +9,9 @@ Import it where it is used: numba, which it needs at once, takes a second to imp
 
 from __future__ import annotations
 
+# scipy.sparse has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ def _mix(x: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _sets(in_ptr, in_from, chance, keys, draws, rounds):  # pragma: no cover - compiled
+def _sets(in_ptr: Any, in_from: Any, chance: Any, keys: Any, draws: Any, rounds: int) -> Any:  # pragma: no cover - compiled
     """CSR of the rows in each set; set r·n + i has root i. Whether an edge carries depends on (draw of the root and the
     round, keys of the edge's ends) alone, so it does not depend on the order of rows."""
     n = len(keys)

@@ -65,11 +65,11 @@ def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
     heap = list(zip((-bound).tolist(), keys.tolist(), range(len(bound)), strict=True))
     heapq.heapify(heap)
     fresh = np.full(len(bound), -1, np.int64)
-    order, gains, evaluations = [], [], 0
+    order, gains, evaluations = list[int](), list[float](), 0
     while len(order) < k:
         size = 16
         while fresh[heap[0][2]] != len(order):
-            batch = []
+            batch: list[tuple[float, int, int]] = []
             while heap and len(batch) < size and fresh[heap[0][2]] != len(order):
                 batch.append(heapq.heappop(heap))
             rows = np.array([row for _, _, row in batch], np.int64)
@@ -89,7 +89,7 @@ def _scanning(objective: Objective, k: int, rng: Keyed, epsilon: float | None) -
     left = np.argsort(rng.keys, kind="stable")  # by key, so that draws do not depend on the order of the pool
     n, draw = len(left), rng.generator("greedy")
     share = n if epsilon is None else max(1, math.ceil(n / max(k, 1) * math.log(1 / epsilon)))
-    order, gains, evaluations = [], [], 0
+    order, gains, evaluations = list[int](), list[float](), 0
     for _ in range(k):
         at = np.arange(len(left)) if share >= len(left) else np.sort(draw.choice(len(left), share, replace=False))
         value = np.concatenate([_rounded(objective.gains(left[at[i : i + BATCH]])) for i in range(0, len(at), BATCH)])

@@ -71,7 +71,7 @@ def round_robin(lists: Sequence[np.ndarray], k: int, n: int) -> tuple[np.ndarray
         rows `[≤ k]` in the order taken, and the list `[≤ k]` that gave each; fewer when the lists run out.
     """
     taken = np.zeros(n, bool)
-    order, origin, at = [], [], [0] * len(lists)
+    order, origin, at = list[int](), list[int](), [0] * len(lists)
     alive = list(range(len(lists)))
     while alive and len(order) < k:
         for which in list(alive):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# scipy.sparse has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -19,7 +22,7 @@ def _kernel() -> Any:
     import numba
 
     @numba.njit(parallel=True, nogil=True, cache=True)
-    def overlaps(indptr, indices, data, prototypes, overlap, mass):  # pragma: no cover - compiled
+    def overlaps(indptr: Any, indices: Any, data: Any, prototypes: Any, overlap: Any, mass: Any) -> None:  # pragma: no cover
         for i in numba.prange(len(indptr) - 1):
             held = np.zeros(prototypes.shape[1])
             total = 0.0

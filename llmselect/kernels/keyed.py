@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# An array of any type that is asked for its type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import hashlib
 from dataclasses import dataclass
 from typing import Any

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# scikit-learn has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,7 @@ from llmselect.kernels.topk import topk_stable
 log = logging.getLogger("llmselect")
 ENOUGH = 39  # points per centroid below which FAISS itself warns
 SAMPLE = 10_000
+HELD = 1 << 28  # numbers of the sample held at once, 1 GB
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +44,20 @@ def faiss() -> Any:
 def kmeans(x: Rows, k: int, rng: Keyed, *, iterations: int = 25, per_centroid: int = 256) -> Clusters:
     """Cluster rows of `x [n, d]` into `k`.
 
-    Centroids come from at most `k · per_centroid` rows drawn by row id, so that the order of the pool does not matter; all
-    rows are then assigned in blocks. The same seed gives the same clusters; another number of threads may move rows that
-    lie equally near to two centroids within float32.
+    Centroids come from at most `k · per_centroid` rows drawn by row id, so that the order of the pool does not matter, and
+    from fewer (not below 39 each) where those would take more than 1 GB; all rows are then assigned in blocks. The
+    same seed gives the same clusters; another number of threads may move rows that lie equally near to two centroids within
+    float32.
 
     Errors: `UsageError` when there are fewer rows than clusters.
     """
     if not 1 <= k <= len(x):
         raise UsageError(f"clusters: {k} is not between 1 and the {len(x)} rows of the pool")
-    sample = topk_stable(rng.uniform("kmeans"), min(len(x), k * per_centroid), rng.keys)
+    most = max(k * ENOUGH, HELD // x.shape[1])
+    sample = topk_stable(rng.uniform("kmeans"), min(len(x), k * per_centroid, most), rng.keys)
     if len(sample) < k * ENOUGH and k > 1 and len(x) >= ENOUGH:
         log.warning("k-means: %d rows for %d clusters, fewer than %d each: centroids will be rough", len(sample), k, ENOUGH)
-    centroids = _train(x.gather(sample).astype(np.float32), k, iterations, x.normalize)
+    centroids = _train(x.gather(sample, np.float32), k, iterations, x.normalize)
     label, distance = np.empty(len(x), np.int32), np.empty(len(x), np.float32)
     index = faiss().IndexFlatL2(centroids.shape[1])
     index.add(centroids)
@@ -78,7 +84,7 @@ def silhouettes(x: Rows, candidates: list[int], rng: Keyed) -> dict[int, float]:
 
     rows = topk_stable(rng.uniform("silhouette"), min(len(x), SAMPLE), rng.keys)
     sample = x.gather(rows)
-    found = {}
+    found: dict[int, float] = {}
     for k in candidates:
         made = kmeans(Rows(sample, normalize=x.normalize), k, Keyed(rng.seed, rng.keys[rows]))
         if 1 < len(np.unique(made.label)) < len(sample):

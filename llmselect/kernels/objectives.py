@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# scipy.sparse has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +46,7 @@ def _coverage() -> Any:
     import numba
 
     @numba.njit(parallel=True, nogil=True, cache=True)
-    def gains(indptr, indices, data, covered, rows, out):  # pragma: no cover - compiled
+    def gains(indptr: Any, indices: Any, data: Any, covered: Any, rows: Any, out: Any) -> None:  # pragma: no cover - compiled
         for i in numba.prange(len(rows)):
             total = 0.0
             for j in range(indptr[rows[i]], indptr[rows[i] + 1]):

@@ -57,9 +57,11 @@ class Rows:
         for start in range(0, len(self), size):
             yield start, self[start : start + size]
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Any rows in any order, read from the map in ascending order."""
+    def gather(self, rows: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+        """Any rows in any order, read from the map in ascending order and a block at a time."""
         order = np.argsort(rows, kind="stable")
-        out = np.empty((len(rows), self.shape[1]))
-        out[order] = self[np.asarray(rows, np.int64)[order]]
+        out = np.empty((len(rows), self.shape[1]), dtype)
+        for start in range(0, len(rows), BLOCK):
+            part = order[start : start + BLOCK]
+            out[part] = self[np.asarray(rows, np.int64)[part]]
         return out

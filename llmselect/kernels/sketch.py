@@ -9,6 +9,9 @@ shard and in any process have the same coordinates.
 
 from __future__ import annotations
 
+# torch.from_numpy takes arrays of any type.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -33,7 +33,7 @@ def take_turns(lists: list[np.ndarray], group: np.ndarray, place: np.ndarray, k:
     """
     taken, at = np.zeros(n, bool), np.zeros(len(lists), np.int64)
     members = [np.flatnonzero(group == g)[np.argsort(place[group == g])] for g in np.unique(group)]
-    turn, order, query = np.zeros(len(members), np.int64), [], []
+    turn, order, query = np.zeros(len(members), np.int64), list[int](), list[int]()
     while len(order) < min(k, n):
         for g, queries in enumerate(members):
             q = int(queries[turn[g] % len(queries)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# scipy.linalg has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Hooks take what they declare, which no type says.
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportUnknownVariableType=false
 import inspect
 import logging
 from dataclasses import dataclass
