@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
+_PATHS = {"model": ("path",), "pool": ("path",), "refine": ("judge",)}
+_FEATURE_PATHS = ("model", "adapter", "checkpoints", "sae", "prior", "conditional", "files")
 _METHOD_KEYS = ("budget", "limits", "groups", "tasks")  # of any method
 
 
@@ -260,15 +262,17 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Resolve what looks like a relative path (`./x`, `../x`) in the known places against the recipe's folder."""
 
     def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(one) for one in value]
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
-    out = dict(plain)
-    for section, keys in (("model", ("path",)), ("pool", ("path",)), ("refine", ("judge",))):
+    def within(part: Any, keys: Collection[str]) -> Any:
+        return {k: resolve(v) if k in keys else v for k, v in part.items()} if isinstance(part, Mapping) else part
+
+    out = {k: within(v, _PATHS[k]) if k in _PATHS else v for k, v in plain.items()}
+    for section, keys in (("targets", ("dev", "test")), ("features", _FEATURE_PATHS)):
         if isinstance(out.get(section), Mapping):
-            out[section] = {k: resolve(v) if k in keys else v for k, v in out[section].items()}
-    if isinstance(out.get("targets"), Mapping):
-        out["targets"] = {n: {k: resolve(v) if k in ("dev", "test") else v for k, v in t.items()}
-                          if isinstance(t, Mapping) else t for n, t in out["targets"].items()}  # fmt: skip
+            out[section] = {name: within(one, keys) for name, one in out[section].items()}
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,8 +49,9 @@ def test_a_recipe_selects_by_the_users_own_columns_and_a_changed_file_is_noticed
     chats, dev = tiny.chats(40), tiny.chats(4, 50)
     file, target = stated(tmp_path, chats), tmp_path / "tagged.jsonl"
     target.write_text("".join(json.dumps({"messages": c, "tags": ["law"], "score": 1}) + "\n" for c in dev))
-    features = {"score": {"extractor": "column", "files": [file, str(target)], "column": "score"},
-                "tags": {"extractor": "column", "files": [file, str(target)], "column": "tags", "kind": "tags"}}  # fmt: skip
+    files = [f"./{Path(one).name}" for one in (file, target)]  # beside the recipe, wherever it is run from
+    features = {"score": {"extractor": "column", "files": files, "column": "score"},
+                "tags": {"extractor": "column", "files": files, "column": "tags", "kind": "tags"}}  # fmt: skip
     methods = {"best": {"selector": "topk", "x": "score"}, "mass": {"selector": "mass", "x": "tags"},
                "mig": {"selector": "mig", "x": "tags", "quality": "score"}}  # fmt: skip
     run = Run(recipe_of(tmp_path, tiny_model, chats, features=features, methods=methods, budget=6))
