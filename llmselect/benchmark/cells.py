@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,12 @@ def _attempt(plan: Plan, cell: Cell, features: Sequence[str], ready: set[str], t
     with claim(plan.folder / "claims" / cell.model / f"{plan.arm_of(cell)}-seed-{cell.seed}") as mine:
         if not mine or path.exists():
             return
-        if cell.model not in ready:
+        if cell.model not in ready and extracted(plan, cell.model, features) is None:
             with claim(_features_claim(plan, cell.model)) as alone:
                 if not alone:
                     return
                 extract_features(plan, cell.model, features)
-            ready.add(cell.model)
+        ready.add(cell.model)
         # Rows of a lazy feature are numbered by request: only one process may make requests.
         if any(plan.recipe(cell.model).lazy(name) for name in plan.reads(cell.method)):
             with claim(_features_claim(plan, cell.model)) as alone:
@@ -115,6 +115,14 @@ def _tidy(plan: Plan, cell: Cell) -> None:
 
 def _features_claim(plan: Plan, model: str) -> Path:
     return plan.folder / "claims" / model / "features"
+
+
+def extracted(plan: Plan, model: str, features: Collection[str]) -> float | None:
+    """Seconds that all features of a model took so far; None while some of `features` are missing."""
+    file = plan.folder / model / COSTS
+    known = _noted(file)["seconds"] if file.exists() else {}
+    lazy = {name for name, one in plan.grid.features.items() if one.get("lazy")}
+    return sum(known.values()) if file.exists() and set(features) <= set(known) | lazy else None
 
 
 def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:

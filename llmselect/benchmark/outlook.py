@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmselect.benchmark.cells import COSTS, missing
+from llmselect.benchmark.cells import extracted, missing
 from llmselect.benchmark.grid import BASE, Cell, Plan, needs
 from llmselect.benchmark.results import Result, load
 
@@ -24,7 +23,7 @@ def outlook(plan: Plan, only: Mapping[str, set[str]] | None = None) -> dict[str,
     cells, left = plan.cells(only), set(missing(plan, only))
     done = [load(plan.results / cell.path) for cell in cells if cell not in left]
     features = {name for cell in cells for name in plan.reads(cell.method)}
-    ready = {c.model: _extracting(plan, c, features) for c in cells}
+    ready = {c.model: extracted(plan, c.model, features) for c in cells}
     known = [seconds for seconds in ready.values() if seconds is not None]
     unready = {c.model for c in left if ready[c.model] is None}
     table: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -38,14 +37,6 @@ def outlook(plan: Plan, only: Mapping[str, set[str]] | None = None) -> dict[str,
         note = "speed measured on some rows of the pool here"
     return {"cells": len(cells), "done": len(done), "missing": len(left), "methods": dict(table),
             "seconds": round(each + extract * len(unready), 1), "extract": len(unready), "note": note}  # fmt: skip
-
-
-def _extracting(plan: Plan, cell: Cell, features: set[str]) -> float | None:
-    """Seconds that the features of a model took; None while some are missing."""
-    file = plan.folder / cell.model / COSTS
-    known = json.loads(file.read_text())["seconds"] if file.exists() else {}
-    lazy = {name for name, one in plan.grid.features.items() if one.get("lazy")}
-    return sum(known.values()) if file.exists() and features <= set(known) | lazy else None
 
 
 def _per_cell(done: list[Result], left: set[Cell]) -> float:
