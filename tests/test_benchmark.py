@@ -147,6 +147,14 @@ def test_filters_name_what_there_is(finished):
         parse_only(["metod=trim"], plan)
 
 
+def test_what_a_method_reads_is_its_cost(tmp_path, tiny_model):
+    methods = {"car": {"selector": "car", "quality": "trim", "groups": {"x": "rds", "clusters": 3}},
+               "both": {"selector": "topk", "x": ["rds.value", "trim"]}}  # fmt: skip
+    plan = load_grid(grid(tmp_path, tiny_model, methods=methods))
+    assert plan.reads("car") == ["trim", "rds"] and plan.reads("both") == ["rds", "trim"] and plan.reads("random") == []
+    assert [plan.aimed(name) for name in ("car", "both", "random", "random_matched", "full")] == [True, True, False, True, False]
+
+
 def test_claims_exclude_and_those_of_the_dead_are_broken(tmp_path):
     path = tmp_path / "a" / "claim"
     with claim(path) as first, claim(path) as second:

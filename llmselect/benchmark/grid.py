@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmselect import config
+from llmselect.clustering import Clustering
 from llmselect.errors import UsageError, nearest
 from llmselect.recipe import Model, PoolSource, Recipe, TargetSource, Warmup, features_in
 from llmselect.sae.training import SaeTraining
@@ -180,11 +181,13 @@ class Plan:
         return self._aimed[method]
 
     def reads(self, method: str) -> list[str]:
-        """The features that a method reads."""
+        """The features that a method reads, its clusters' among them."""
         if method in (BASE, FULL):
             return []
         options = self.grid.arms()[method][0]
         named = [one for key in ("x", "quality") if key in options for one in features_in(options[key])]
+        if grouping := Clustering.parse(options.get("groups"), f"methods.{method}.groups"):
+            named.append(grouping.x)
         return list(dict.fromkeys(one.partition(".")[0] for one in named))
 
     def key(self, cell: Cell) -> dict[str, Any]:
