@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from llmselect import config
+from llmselect import account, config
 from llmselect.recipe import Recipe
 from llmselect.selection import Selection
 from llmselect.store import FeatureStore
@@ -62,5 +61,5 @@ def large_run(folder: Path, model: Path, n: int, budget: int = 5000) -> Path:
     plan = {"name": "large", "model": {"path": str(model)}, "pool": {"path": "pool.jsonl"}, "targets": {"t": {"dev": "t.jsonl"}},
             "methods": {name: {"selector": "random"} for name in ("random", "scored", "near")}}  # fmt: skip
     (folder / "config.yaml").write_text(config.dump_yaml(config.to_dict(config.from_dict(Recipe, plan))))
-    (folder / "rows.json").write_text(json.dumps({"key": ""}))
+    account.write(folder, {"key": ""}, [])
     return folder

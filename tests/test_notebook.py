@@ -139,6 +139,8 @@ def test_progress_in_a_notebook_is_one_output_written_anew(monkeypatch):
     monkeypatch.setattr(progress, "_display", lambda data: shown.append(data) or Handle())
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setitem(progress.sys.modules, "ipykernel", progress)
+    assert progress.Progress("", 1).bar is None, "a library may have imported it in a process that is no notebook"
+    monkeypatch.setattr(progress, "_in_a_notebook", lambda: True)
     one = progress.Progress(f"<b>{SCRIPT}", 1000)
     for _ in range(1000):
         now[0] += 0.01

@@ -24,7 +24,7 @@ class Progress:
         self.fresh, self.rows, self.start = 0, 0, time.monotonic()
         self.last = self.start
         self.bar = None
-        if show and "ipykernel" in sys.modules:
+        if show and _in_a_notebook():
             self.bar = NotebookBar(self)
         elif show and sys.stderr.isatty():
             from tqdm import tqdm
@@ -50,6 +50,12 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         return time.monotonic() - self.start
+
+
+def _in_a_notebook() -> bool:
+    """Whether a kernel runs this process; that some library has imported one says nothing."""
+    known = sys.modules.get("IPython")
+    return known is not None and getattr(known.get_ipython(), "kernel", None) is not None
 
 
 class NotebookBar:
