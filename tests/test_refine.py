@@ -180,7 +180,7 @@ def test_weights_rows_and_means_are_what_a_plain_loop_gives(tmp_path):
         assert share == told["rows"] and np.abs(np.array(share) - sum(share) * weights).max() < 1
         if number == 3:
             break
-        asked = json.loads((tmp_path / f"round-{number}" / "generate.json").read_text())["rows"]
+        asked = json.loads((tmp_path / f"round-{number}" / "generate.json").read_text())["value"]["rows"]
         so_far = made.indices[made.evidence["round"] <= number]
         assert set(asked) <= set(so_far.tolist()) and np.bincount(label[asked], minlength=CLUSTERS).tolist() == [3] * CLUSTERS
         gold = [pool[i]["messages"][-1]["content"] for i in asked]

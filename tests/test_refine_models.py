@@ -199,7 +199,7 @@ def test_a_recipe_from_pool_to_table_with_scores_by_hand(tmp_path, model):
     assert np.bincount(made.evidence["round"]).tolist() == [0, 7, 7, 6] and len(set(made.indices.tolist())) == 20
     for number in (1, 2):
         at = here / f"round-{number}"
-        asked, scores = (json.loads((at / f"{name}.json").read_text()) for name in ("generate", "score"))
+        asked, scores = (json.loads((at / f"{name}.json").read_text())["value"] for name in ("generate", "score"))
         loaded, fast = talker.load(model, at / "adapter"), AutoTokenizer.from_pretrained(model)
         so_far = made.indices[made.evidence["round"] <= number].tolist()
         assert 0 < len(asked["rows"]) <= 6 and set(asked["rows"]) <= set(so_far)

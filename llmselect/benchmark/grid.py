@@ -15,6 +15,7 @@ from llmselect.recipe import Model, PoolSource, Recipe, TargetSource, Warmup, fe
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
 from llmselect.semdedup import Dedup
+from llmselect.sources import identity
 from llmselect.tasks import aimed
 from llmselect.train import Train
 
@@ -193,8 +194,9 @@ class Plan:
     def key(self, cell: Cell) -> dict[str, Any]:
         """What the numbers of a cell follow from; paths are told as the file writes them, whatever the machine."""
         grid, made = self.grid, {"model": config.to_dict(self.grid.models[cell.model])}
-        made["pool"] = config.to_dict(grid.pool)
-        made["tasks"] = config.to_dict(grid.tasks)  # of all: the pool holds no text of any of their test rows
+        made["pool"] = identity(grid.pool)
+        # Of all tasks: the pool holds no text of any of their test rows.
+        made["tasks"] = {name: identity(one) for name, one in grid.tasks.items()}
         made["target"] = grid.sets[cell.target]
         if cell.method != BASE:
             made |= {"train": config.to_dict(grid.train), "seed": cell.seed}
