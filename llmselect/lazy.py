@@ -54,6 +54,7 @@ class LazyArray:
 
     def _request(self, file: Path) -> np.ndarray:
         """The rows of an earlier request: ascending, of this feature, not asked for before."""
+        rows = np.zeros(0, np.int64)
         try:
             rows = np.load(file, allow_pickle=False)
             good = rows.ndim == 1 and rows.dtype == np.int64 and len(rows) and 0 <= rows[0] <= rows[-1] < len(self)

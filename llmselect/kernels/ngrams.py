@@ -58,6 +58,9 @@ def kl_reductions(x: Any, several: Sequence[np.ndarray], target: Any, prior: flo
     pool, wanted = totals(x)[0], counted(target)
     array = x if hasattr(x, "dtype") and hasattr(x, "ndim") else np.asarray(x)
     smooth = (pool + 1) / (pool.sum() + len(pool))
-    share = lambda counts: (counts + prior * smooth) / (counts.sum() + prior)  # noqa: E731
+
+    def share(counts: np.ndarray) -> np.ndarray:
+        return (counts + prior * smooth) / (counts.sum() + prior)
+
     picked = (totals(Subset(array, np.sort(np.asarray(chosen, np.int64))))[0] for chosen in several)
     return [float(wanted @ np.log(share(one) / share(pool)) / wanted.sum()) for one in picked]
