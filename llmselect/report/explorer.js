@@ -29,8 +29,9 @@ const example = (row, told) => (data.targets[row]
 function latents(reason) {
   const most = Math.max(...reason.rows.flatMap((one) => one.slice(1)).filter((value) => value !== null), 1e-9);
   const bars = ([, mine, theirs]) => el('span', { class: 'track' }, el('i', { style: { width: percent((theirs ?? 0) / most) } }), el('i', { style: { width: percent((mine ?? 0) / most) } }));
+  const head = (name, mark) => el('th', { scope: 'col', class: 'number' }, el('span', { class: mark }), name);
   return el('div', { class: 'reason' }, el('b', {}, 'SAE latents that decided'), el('table', { class: 'latents' },
-    el('thead', {}, el('tr', {}, ...['latent', 'row', 'target', ''].map((one) => el('th', { scope: 'col' }, one)))),
+    el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'latent'), head('row', 'key chosen'), head('target', 'key'), el('th', {}))),
     el('tbody', {}, ...reason.rows.map((one) => el('tr', {}, el('td', {}, String(one[0])), el('td', { class: 'number' }, short(one[1])),
       el('td', { class: 'number' }, short(one[2])), el('td', {}, bars(one)))))));
 }
