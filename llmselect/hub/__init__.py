@@ -69,7 +69,8 @@ def push_selection(selection: Selection, repo: str, pool: Dataset, *, source: st
 def push_run(folder: Path | str, repo: str, *, methods: Sequence[str] | None = None, private: bool = False,
              create_pr: bool = False, dry_run: bool = False, features: bool = False, adapters: bool = False,
              base_model: str | None = None) -> list[Report]:  # fmt: skip
-    """Push the selections of a run as one dataset, a configuration per method and seed.
+    """Push the selections of a run as one dataset, a configuration per method and seed; seeds that select the same rows in the
+    same order are one, named by the first of them.
 
     Args:
         folder: of the run.
@@ -139,15 +140,18 @@ def _source(run: Run, methods: Sequence[str] | None, base_model: str | None) -> 
     for name in methods or ():
         if name not in known:
             raise UsageError(f"--method {name}: not in this run.{nearest(name, known)} There are: {', '.join(known)}")
-    subsets = []
+    subsets: list[rows.Subset] = []
     for method in known if methods is None else dict.fromkeys(methods):
+        orders: set[bytes] = set()
         for seed in run.recipe.seeds:
             place = run.folder / "selections" / method / f"seed-{seed}"
             if not (place / "selection.json").exists():
                 raise UsageError(f"{method}, seed {seed} is not selected yet; type: llmselect select "
                                  f"{run.folder / 'config.yaml'}")  # fmt: skip
             selection = Selection.load(place)
-            subsets.append(rows.subset(selection, json.loads((place / "selection.json").read_bytes())["checksum"]))
+            if (order := selection.indices.tobytes()) not in orders:  # most methods leave nothing to chance
+                subsets.append(rows.subset(selection, json.loads((place / "selection.json").read_bytes())["checksum"]))
+            orders.add(order)
     reads = [read for one in subsets for read in one.about.get("reads", {}).values()]
     names = {feature.partition(".")[0] for read in reads for feature in features_in(read)}
     versions, account = (json.loads((run.folder / f"{name}.json").read_text("utf-8")) for name in ("versions", "rows"))
