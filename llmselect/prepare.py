@@ -16,7 +16,7 @@ from llmselect.array_views import Subset
 from llmselect.arrays import fold_ids
 from llmselect.errors import LlmselectError
 from llmselect.hub.origin import noted
-from llmselect.readers import stamps
+from llmselect.readers import contents
 from llmselect.sources import PoolSource, identity
 from llmselect.strict_yaml import dump_yaml
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmselect")
 USABLE = "pool/usable.npy"
+FILES = "pool/files.json"  # times and digests of what was read, so that it need not be read to know that it is the same
 
 
 def prepare(run: Run) -> None:
@@ -37,10 +38,14 @@ def prepare(run: Run) -> None:
 def _prepare(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
+    done, seen = folder / account.NAME, folder / FILES
+    known = atomic.read_sealed(seen, f"delete {seen} and run again") if seen.exists() else {}
+    if (files := contents(places, known)) != known:
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_sealed(seen, files)
     key = config.fingerprint({"pool": identity(recipe.pool), "model": config.to_dict(recipe.model),
                               "targets": {name: identity(one) for name, one in recipe.targets.items()},
-                              "files": stamps(places)})  # fmt: skip
-    done = folder / account.NAME
+                              "files": {name: digest for name, (*_, digest) in files.items()}})  # fmt: skip
     if done.exists() and account.read(folder)["key"] == key:
         atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))  # methods may have joined
         return

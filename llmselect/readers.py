@@ -9,10 +9,11 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmselect import atomic
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.formats import Invalid
 from llmselect.plain import is_list, is_mapping
@@ -52,6 +53,18 @@ def stamps(places: list[str]) -> dict[str, list[int]]:
     """Size and time of every local file among `places`, so that a changed file is noticed."""
     files = [f for p in map(Path, places) if p.exists() for f in (folder_files(p) if p.is_dir() else [p])]
     return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
+
+def contents(places: list[str], known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Size, time and SHA-256 of every local file among `places`: a copy with another time is the same file.
+
+    A file whose size and time are those of `known`, an earlier answer, is not read again.
+    """
+    found = {}
+    for file, stamp in stamps(places).items():
+        same = file in known and list(known[file][:2]) == stamp
+        found[file] = [*stamp, known[file][2] if same else atomic.sha256_file(file)]
+    return found
 
 
 def read(source: Any, split: str, max_row_bytes: int, subset: str | None = None) -> Iterator[tuple[str, Raw]]:

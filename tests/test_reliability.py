@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,22 @@ def test_changed_rows_are_named_and_read_anew(run, name):
     again = Run(run.recipe)
     prepare(again)
     assert len(again.pool) == 24 and len(again.target) == 3 and file.read_bytes() == sound
+
+
+def test_a_copy_of_the_rows_is_the_same_rows_and_other_bytes_are_not(run, monkeypatch):
+    """A file with another time is read for its digest once; one with another byte at the same size is refused."""
+    prepare(run)
+    run.store.create("emb", {"shard_rows": 2, "arrays": {"value": ["float32", []]}, "threads": 1}, list(run.pool["id"]))
+    pool, hashed = Path(run.recipe.pool.path), []
+    digest = atomic.sha256_file
+    monkeypatch.setattr("llmselect.readers.atomic.sha256_file", lambda file: hashed.append(str(file)) or digest(file))
+    os.utime(pool, ns=(1, 1))
+    for _ in range(2):
+        prepare(Run(run.recipe))
+    assert hashed.count(str(pool)) == 1
+    pool.write_bytes(pool.read_bytes().replace(b"0", b"9", 1))
+    with pytest.raises(LlmselectError, match=r"made from other rows"):
+        prepare(Run(run.recipe))
 
 
 def test_the_recipe_in_the_run_is_the_one_last_run(run):
