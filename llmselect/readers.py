@@ -60,7 +60,7 @@ def contents(places: list[str], known: Mapping[str, list[Any]]) -> dict[str, lis
 
     A file whose size and time are those of `known`, an earlier answer, is not read again.
     """
-    found = {}
+    found: dict[str, list[Any]] = {}
     for file, stamp in stamps(places).items():
         same = file in known and list(known[file][:2]) == stamp
         found[file] = [*stamp, known[file][2] if same else atomic.sha256_file(file)]

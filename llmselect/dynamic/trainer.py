@@ -49,7 +49,7 @@ def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int 
         seed = int(args.seed if args.data_seed is None else args.data_seed)
     epochs = _epochs(schedule, trainer, len(data)) if args.max_steps > 0 else ceil(args.num_train_epochs)
     callback = EpochCallback(EpochState(schedule, epochs=epochs, n=len(data), ids=ids, seed=seed, losses=losses))
-    kind: type[Any] = type(trainer)
+    kind: type[Any] = trainer.__class__
     trainer.__class__ = type(f"Scheduled{kind.__name__}", (_Scheduled, kind), {})
     trainer.epoch_callback = callback
     trainer.add_callback(callback)
