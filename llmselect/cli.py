@@ -94,7 +94,8 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
     from llmselect import comparison, prepare, refine_stage, stages
 
     run = stages.Run(plan)
-    order = {"extract": (prepare.prepare, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
+    fits = lambda run: prepare.check_budgets(run.recipe, len(run.pool))  # noqa: E731
+    order = {"extract": (prepare.prepare, fits, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
              "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
     table = None
     for name, steps in order.items():

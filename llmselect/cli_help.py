@@ -15,6 +15,19 @@ GROUPS = (RUN, METHODS, RESULTS, MODELS, BENCHMARK, MACHINE)
 class Commands(TyperGroup):
     """A group of commands whose help lists them under headings, each with its first sentence in full."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Who types a setting as an option (`--budget 5%`) is told how it is typed."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            name, asked = getattr(error, "option_name", None), getattr(error, "ctx", None)
+            unlike = type(error).__name__ == "NoSuchOption" and not getattr(error, "possibilities", None)
+            if name and asked and unlike and any(one.name == "overrides" for one in asked.command.params):
+                setting = f"{name.lstrip('-').replace('-', '_')}=…"
+                told = f"No such option: {name}. A setting of the recipe is typed without dashes: {setting}"
+                vars(error)["message"] = told
+            raise
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the headings of `GROUPS` that have commands, then what has none."""
         found: dict[str, list[tuple[str, str]]] = {name: [] for name in (*GROUPS, "Commands")}

@@ -39,11 +39,11 @@ def list_methods(as_json: Json = False) -> None:
 def show(name: Annotated[str, argument("a name that `llmselect list` tells", "METHOD", methods)], as_json: Json = False) -> None:
     """One method's formula, inputs, cost, paper and parameters."""
     from llmselect.errors import UsageError, nearest
-    from llmselect.registry import SECTIONS, describe, extractors, schedules, selectors
+    from llmselect.registry import SECTIONS, describe, elsewhere, extractors, schedules, selectors
 
     homes = {name: kind for kind in (schedules, extractors, selectors) for name in kind.names()}
     if name not in homes:
-        raise UsageError(f"no method '{name}'.{nearest(name, homes)} One of: {', '.join(homes)}")
+        raise UsageError(f"no method '{name}'.{elsewhere(name) or nearest(name, homes)} One of: {', '.join(homes)}")
     about = describe(homes[name].get(name))
     if as_json:
         typer.echo(json.dumps(about, default=str))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
@@ -43,6 +44,17 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 _FULL = ("StorageFull", "FileTooLarge", "QuotaExceeded", "No space left on device", "File too large", "Disk quota exceeded")
+
+
+def of_the_disk(error: BaseException) -> OSError | None:
+    """The refusal of a disk among what led to `error`: libraries that look for a file take any error to mean that it is not
+    there."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def of_the_machine(error: BaseException) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.engine.progress import duration
-from llmselect.prepare import prepare
+from llmselect.prepare import check_budgets, prepare
 from llmselect.recipe import Recipe
 from llmselect.selection import Budget
 from llmselect.stages import Run
@@ -34,6 +34,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         prepare(run)
         share = len(run.pool) / min(total, SAMPLE)
         rows = int(total * share)
+        check_budgets(recipe, rows)
         costly = _costly(run)
         run.recipe = replace(run.recipe, features={k: v for k, v in run.recipe.features.items() if k not in costly})
         seconds, bytes_per_row, tokens_per_row = _passes(run)

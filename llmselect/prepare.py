@@ -14,15 +14,17 @@ import numpy as np
 from llmselect import account, atomic, config
 from llmselect.array_views import Subset
 from llmselect.arrays import fold_ids
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.hub.origin import noted
 from llmselect.readers import contents
+from llmselect.selection import Budget
 from llmselect.sources import PoolSource, identity
 from llmselect.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from llmselect.recipe import Recipe
     from llmselect.stages import Run
 
 log = logging.getLogger("llmselect")
@@ -33,6 +35,18 @@ FILES = "pool/files.json"  # times and digests of what was read, so that it need
 def prepare(run: Run) -> None:
     """Read pool and targets, quarantine what is bad, drop evaluation text, and find the rows that fit."""
     run.main_first(lambda: _prepare(run))
+
+
+def check_budgets(recipe: Recipe, rows: int) -> None:
+    """Refuse a budget larger than the pool before any feature is computed. Errors: `UsageError` naming the key."""
+    own = {f"methods.{name}.budget": recipe.budget_of(name) for name in recipe.methods}
+    for key, budget in {"budget": recipe.budget, **own}.items():
+        parsed = Budget.parse(budget)
+        try:
+            if parsed.rows is not None:
+                parsed.rows_of(rows)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from None
 
 
 def _prepare(run: Run) -> None:

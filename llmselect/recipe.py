@@ -244,7 +244,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     file = Path(path) / "recipe.yaml" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UsageError(f"no recipe at {file}; give a YAML file or a folder that holds recipe.yaml")
+        known = [*map(str, Path().glob("*.y*ml")), *(str(one.parent) for one in Path("recipes").glob("*/recipe.yaml"))]
+        raise UsageError(f"no recipe at {file}; give a YAML file or a folder that holds recipe.yaml.{nearest(str(path), known)}")
     plain = config.load_yaml(file)
     plain = _absolute(plain, file.parent)
     plain = config.apply_overrides(plain, list(overrides or []))

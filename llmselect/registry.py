@@ -63,7 +63,8 @@ class Registry:
     def get(self, name: str) -> type[Any]:
         """The class called `name`; `UsageError` naming the nearest for an unknown one."""
         if name not in self._loaded:
-            raise UsageError(f"unknown {self.kind} '{name}'.{nearest(name, self.names())} One of: {', '.join(self.names())}")
+            told = elsewhere(name) or nearest(name, self.names())
+            raise UsageError(f"unknown {self.kind} '{name}'.{told} One of: {', '.join(self.names())}")
         return self._loaded[name]
 
     def by_class_name(self, class_name: str) -> type[Any]:
@@ -72,6 +73,23 @@ class Registry:
             if cls.__name__ == class_name:
                 return cls
         raise AttributeError(f"{self.package} has no {self.kind} {class_name!r}")
+
+
+# Methods of papers that are no class of their own: an extractor and a selector that reads it.
+_COMBINED = {"less": ("gradient", "similarity"), "rds": ("embedding", "similarity"), "rds+": ("embedding", "similarity"),
+             "s2l": ("trajectory", "balanced"), "ifd": ("loss", "topk"), "perplexity": ("loss", "topk")}  # fmt: skip
+
+
+def elsewhere(name: str) -> str:
+    """A sentence for who gives the name of an extractor or of a combination where a selector is asked for; else empty."""
+    extractor, selector = _COMBINED.get(name.lower(), (name, "topk"))
+    if extractor != name:
+        return f" '{name}' is the extractor {extractor} read by the selector {selector}; recipes/papers.md has it written out."
+    kind = next((one.kind for one in (selectors, extractors, schedules) if name in one.names()), None)
+    uses = {"extractor": f"name it under features, {name}: {{extractor: {name}}}, and give a selector that reads it, "
+                         f"e.g. {{selector: {selector}, x: {name}}}",
+            "schedule": "it takes rows during training: train.schedule", "selector": "it goes under methods"}  # fmt: skip
+    return f" '{name}' is {'an' if kind == 'extractor' else 'a'} {kind}: {uses[kind]}." if kind else ""
 
 
 selectors = Registry("selector", "llmselect.selectors", "llmselect.selectors")

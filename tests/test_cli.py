@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import tiny
+from llmselect.cli import app
 from llmselect.errors import UsageError
 from llmselect.recipe import load_recipe
 
@@ -58,6 +62,10 @@ def cli(*arguments, code=0):
 MISTAKES = [
     ("train.tokns=5", "train.tokns: unknown key. Did you mean 'tokens'?"),
     ("methods.trim.selector=topkk", "methods.trim.selector: unknown selector 'topkk'. Did you mean 'topk'?"),
+    ("methods.trim.selector=trim", "unknown selector 'trim'. 'trim' is an extractor: name it under features"),
+    ("methods.trim.selector=less", "'less' is the extractor gradient read by the selector similarity"),
+    ("methods.trim.selector=rs2", "'rs2' is a schedule: it takes rows during training: train.schedule"),
+    ("seeds=3", "seeds: expected a list, got 3 (int); for one value type [3]"),
     ("methods.trim.recude=max", "methods.trim.recude: unknown key. Did you mean 'reduce'?"),
     ("methods.trim.x=trimm", "methods.trim.x: no feature 'trimm'. Did you mean 'trim'?"),
     ("features.rds.extractor=embeding", "unknown extractor 'embeding'. Did you mean 'embedding'?"),
@@ -92,8 +100,26 @@ def test_exit_code_two_and_no_traceback(recipe, override):
 
 def test_a_missing_recipe_and_bad_yaml(tmp_path):
     assert "no recipe at" in cli("run", tmp_path / "absent.yaml", code=2).stderr
+    (tmp_path / "recipes/mine").mkdir(parents=True)
+    (tmp_path / "recipes/mine/recipe.yaml").touch()
+    with chdir(tmp_path), pytest.raises(UsageError, match=r"no recipe at recipe/mine; .* Did you mean 'recipes/mine'\?"):
+        load_recipe("recipe/mine")
     (tmp_path / "bad.yaml").write_text("name: a\nname: b\n")
     assert "line 2" in cli("run", tmp_path / "bad.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize(("override", "key"), [("budget=5000", "budget"), ("methods.trim.budget=61", "methods.trim.budget")])
+def test_a_budget_larger_than_the_pool_costs_no_feature(recipe, override, key):
+    done = CliRunner().invoke(app, ["select", str(recipe), override])
+    rows = len(np.load(recipe.parent / "run/pool/usable.npy"))
+    assert str(done.exception) == f"{key}: a budget of {override.partition('=')[2]} rows is more than the {rows} rows of the pool"
+    assert not (recipe.parent / "run/features").exists()
+
+
+def test_a_setting_typed_as_an_option_is_told_how_it_is_typed(recipe):
+    done = CliRunner().invoke(app, ["run", str(recipe), "--budget", "5%"])
+    assert done.exit_code == 2
+    assert "No such option: --budget. A setting of the recipe is typed without dashes: budget=…" in done.output
 
 
 @pytest.mark.timeout(420)

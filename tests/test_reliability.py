@@ -15,7 +15,8 @@ import pytest
 import tiny
 from llmselect import account, atomic
 from llmselect.arrays import Ids
-from llmselect.errors import LlmselectError, of_the_machine
+from llmselect.engine.backbone import Backbone
+from llmselect.errors import LlmselectError, of_the_disk, of_the_machine
 from llmselect.lazy import LazyArray
 from llmselect.prepare import prepare
 from llmselect.recipe import load_recipe
@@ -131,6 +132,21 @@ def test_a_copy_of_the_rows_is_the_same_rows_and_other_bytes_are_not(run, monkey
     pool.write_bytes(pool.read_bytes().replace(b"0", b"9", 1))
     with pytest.raises(LlmselectError, match=r"made from other rows"):
         prepare(Run(run.recipe))
+
+
+def test_a_disk_that_refuses_is_no_missing_model(tiny_model, monkeypatch):
+    """Libraries take an error at a file to mean that there is none; what the disk said must come through."""
+    opened = open
+
+    def refusing(file, *args, **options):
+        if str(file).endswith("tokenizer_config.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return opened(file, *args, **options)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        Backbone(str(tiny_model))
+    assert of_the_disk(told.value) is told.value and of_the_machine(told.value) is not None
 
 
 def test_the_recipe_in_the_run_is_the_one_last_run(run):

@@ -77,6 +77,7 @@ def test_rows_are_searched_sorted_turned_and_opened(opened):
     why = opened.locator("tr.detail").inner_text()
     assert "nearest target example" in why and "cosine" in why and "Why" in why
     opened.get_by_label("Which rows").select_option("rejects")
+    assert opened.locator("#explorer .note").first.inner_text() == "The rows that near left, those of the best scores."
     assert len(numbers(opened, 2)) == 20 and np.isnan(numbers(opened, 1)).all()
 
 
@@ -108,6 +109,18 @@ def test_the_map_shows_the_row_under_the_pointer_and_hides_sources(opened):
     opened.get_by_role("button", name="s0", exact=True).click()
     assert opened.get_by_role("button", name="s0", exact=True).get_attribute("aria-pressed") == "false"
     assert 0 < opened.evaluate(INK) < before
+
+
+def test_a_narrow_screen_shows_the_text_of_rows_and_scrolls_down_only(opened):
+    opened.set_viewport_size({"width": 400, "height": 900})
+    opened.select_option("#view", label="near")
+    button = opened.locator("#explorer tbody .open").first
+    assert button.bounding_box()["width"] > 300
+    button.click()
+    assert opened.locator("tr.detail").bounding_box()["width"] > 300
+    assert opened.evaluate("document.documentElement.scrollWidth") == 400
+    small = "(text) => text.getBBox().height * text.getScreenCTM().a"  # as it stands on the screen
+    assert min(opened.locator("svg text").evaluate_all(f"(all) => all.map({small})")) > 9
 
 
 def test_every_part_is_drawn_in_both_schemes(opened):

@@ -17,7 +17,7 @@ import torch
 from llmselect import atomic
 from llmselect.chat import ChatEncoder
 from llmselect.engine.memory import is_out_of_memory
-from llmselect.errors import LlmselectError, UsageError
+from llmselect.errors import LlmselectError, UsageError, of_the_disk
 
 log = logging.getLogger("llmselect")
 
@@ -172,9 +172,11 @@ def from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:
 
 
 def unreadable(what: str, path: str, error: Exception, how: str = "") -> Exception:
-    """`UsageError` that says why `what` cannot be read at `path`; `error` itself when it means that memory is short."""
+    """`UsageError` that says why `what` cannot be read at `path`; an error of memory or of the disk itself when it is one."""
     if is_out_of_memory(error):
         return error
+    if refused := of_the_disk(error):
+        return OSError(refused.errno, refused.strerror, refused.filename or path)
     told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return UsageError(f"{what}: cannot read {path!r}{how}: {told[0].strip()}")
 

@@ -1,6 +1,6 @@
 // Charts as SVG: each with a label that says what it shows.
 const W = 640;
-const M = { left: 52, right: 12, top: 10, bottom: 34 };
+const M = { left: 60, right: 16, top: 12, bottom: 36 };
 
 function frame(height, label) {
   const root = svg('svg', { viewBox: `0 0 ${W} ${height}`, role: 'img', 'aria-label': label });
@@ -13,6 +13,14 @@ function text(x, y, value, anchor = 'middle') {
 }
 
 const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
+
+// Round numbers between low and high, at most seven: `[value, text]`.
+function round(low, high) {
+  const rough = (high - low) / 6 || 1, ten = 10 ** Math.floor(Math.log10(rough)), step = [1, 2, 5, 10].find((one) => one * ten >= rough) * ten;
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9)), found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push([i * step, digits > 6 ? short(i * step, 3) : (i * step || 0).toFixed(digits)]);
+  return found;
+}
 
 // Shares of pool and selection in the same bins; `edges` has one more entry than there are bins, ticks at `ticks`.
 function histogram(pool, chosen, ticks, label) {
@@ -27,8 +35,8 @@ function histogram(pool, chosen, ticks, label) {
     const box = { class: which ? 'chosen' : 'pool', x: x(i) + (which ? 2 : 0), y: y(value) };
     root.append(svg('rect', { ...box, width: Math.max(1, x(1) - x(0) - (which ? 4 : 1)), height: y(0) - y(value) }));
   }));
-  for (const [at, value] of ticks) root.append(text(x(at), height - M.bottom + 16, value));
-  root.append(text(M.left - 6, y(most) + 8, share(most), 'end'));
+  for (const [at, value] of ticks) root.append(text(x(at), height - M.bottom + 20, value));
+  root.append(text(0, y(most) + 8, share(most), 'start'));
   return root;
 }
 
@@ -47,7 +55,7 @@ function drawDistributions(view) {
   }
   const left = el('div', {}, el('h3', {}, 'Scores'));
   if (scores) {
-    const ticks = [0, 10, 20, 30, 40].map((i) => [i, short(scores.low + (i / 40) * (scores.high - scores.low), 3)]);
+    const bin = scale(scores.low, scores.high, 0, scores.pool.length), ticks = round(scores.low, scores.high).map(([value, told]) => [bin(value), told]);
     left.append(histogram(scores.pool, scores.selected, ticks, `Scores of pool and ${view.name}`), key(),
       note('Best target group of each row; the outermost 0.1 % of the pool stand in the end bins.'));
   } else left.append(note('This method scores no rows.'));
@@ -64,7 +72,7 @@ function drawSources() {
   const most = Math.max(...before, ...after.flat(), 1e-9);
   const bar = (value) => el('i', { style: { width: percent(value / most) } });
   const lines = before.map((value, code) => [sourceName(code), share(value),
-    ...after.map((part) => el('span', {}, el('span', { class: 'track' }, bar(value), bar(part[code])), ` ${share(part[code])}`))]);
+    ...after.map((part) => el('span', {}, el('span', { class: 'track' }, bar(value), bar(part[code])), el('span', { class: 'share' }, share(part[code]))))]);
   place('sources').replaceChildren(plainTable(['source', 'pool', ...methods], lines, 'Share of each source in the pool and in the selections'), key(),
     note('Selections of several seeds together.'));
 }
@@ -72,32 +80,39 @@ function drawSources() {
 function drawOverlap() {
   const names = data.views.map((view) => view.name);
   const lines = data.overlap.map((line, i) => [names[i], ...line.map((value) => el('span', {
-    style: { background: `rgba(var(--heat), ${(0.75 * value).toFixed(3)})`, padding: '.1rem .5rem' } }, value.toFixed(2)))]);
+    style: { background: `rgba(var(--heat), ${(0.55 * value).toFixed(3)})`, padding: '.1rem .5rem' } }, value.toFixed(2)))]);
   place('overlap').replaceChildren(plainTable(['', ...names], lines, 'Jaccard overlap of every two selections'),
     note('Rows in both, divided by rows in either. Seeds that gave the same rows are one selection.'));
 }
 
 function whiskers(rows) {
-  const line = 24, height = rows.length * line + M.top + M.bottom, left = 150;
-  const root = frame(height, 'Held-out loss of every method with its interval');
+  const line = 24, height = rows.length * line + M.top + M.bottom + 16, name = (row) => (row.method.length > 22 ? `${row.method.slice(0, 21)}…` : row.method);
+  const left = Math.max(90, 24 + 10.5 * Math.max(...rows.map((row) => name(row).length))); // letters are widest on narrow screens
+  const root = svg('svg', { viewBox: `0 0 ${W} ${height}`, role: 'img', 'aria-label': 'Held-out loss of every method with its interval' });
   const low = Math.min(...rows.map((row) => row.low)), high = Math.max(...rows.map((row) => row.high));
-  const x = scale(low, high, left, W - M.right - 20);
+  const x = scale(low, high, left + 8, W - M.right - 8), bottom = M.top + rows.length * line;
   rows.forEach((row, i) => {
-    const y = M.top + (i + 0.5) * line;
-    root.append(text(left - 12, y + 4, row.method, 'end'), svg('line', { class: 'span', x1: x(row.low), x2: x(row.high), y1: y, y2: y }),
-      svg('circle', { class: 'best', cx: x(row.nll), cy: y, r: 4 }));
+    const y = M.top + (i + 0.5) * line, told = svg('title', {}, `${row.method}: ${row.nll.toFixed(3)} [${row.low.toFixed(3)}, ${row.high.toFixed(3)}]`);
+    const limit = (value) => svg('line', { class: 'span', x1: x(value), x2: x(value), y1: y - 5, y2: y + 5 });
+    root.append(text(left - 12, y + 5, name(row), 'end'), svg('line', { class: 'axis', x1: left, x2: W - M.right, y1: y, y2: y }),
+      svg('line', { class: 'span', x1: x(row.low), x2: x(row.high), y1: y, y2: y }), limit(row.low), limit(row.high),
+      svg('circle', { class: 'best', cx: x(row.nll), cy: y, r: 3 }, told));
   });
-  for (const value of [low, (low + high) / 2, high]) root.append(text(x(value), height - M.bottom + 16, value.toFixed(2)));
+  for (const [value, told] of round(low, high)) {
+    root.append(svg('line', { class: 'axis', x1: x(value), x2: x(value), y1: M.top, y2: bottom + 4 }), text(x(value), bottom + 20, told));
+  }
+  root.append(text((left + W - M.right) / 2, bottom + 40, 'nats per response token, 95 % intervals'));
   return root;
 }
 
 function drawResults() {
   if (!data.results || !data.results.rows.length) {
-    place('results').replaceChildren(note('Nothing was trained and measured in this run: give targets test rows, and type llmselect run.'));
+    place('results').replaceChildren(note('No held-out results in this run: they need test rows in targets, and llmselect run to its end (it continues where it stopped).'));
     return;
   }
-  const rows = data.results.rows, tasks = Object.keys(rows[0].tasks);
-  const range = (row) => (row.difference === null ? '' : `${row.difference > 0 ? '+' : ''}${row.difference.toFixed(3)} [${row.difference_low.toFixed(3)}, ${row.difference_high.toFixed(3)}]`);
+  const rows = data.results.rows, told = Object.keys(rows[0].tasks), groups = data.targets.map((one) => one.group);
+  const tasks = [...new Set([...groups, ...told])].filter((task) => told.includes(task)), signed = (value) => `${value > 0 ? '+' : ''}${value.toFixed(3)}`;
+  const range = (row) => (row.difference === null ? '' : `${signed(row.difference)} [${signed(row.difference_low)}, ${signed(row.difference_high)}]`);
   const lines = rows.map((row) => [row.method, row.rows ? whole(row.rows) : '', row.tokens ? whole(row.tokens) : '',
     `${row.nll.toFixed(3)} [${row.low.toFixed(3)}, ${row.high.toFixed(3)}]`, row.sd === null ? '' : row.sd.toFixed(3), range(row),
     ...tasks.map((task) => row.tasks[task].toFixed(3))]);

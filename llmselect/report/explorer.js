@@ -1,6 +1,6 @@
 // The rows of a selection: searched, sorted, in pages; each opens to its text and to why it was picked.
 const PAGE = 20;
-const list = { which: 'selected', query: '', by: 'rank', down: false, page: 0, open: null, items: [], rows: [] };
+const list = { which: 'selected', query: '', by: 'rank', down: false, page: 0, open: null, items: [], rows: [], told: {} };
 const columns = [['rank', 'rank', '5rem'], ['score', 'score', '7rem'], ['source', 'source', '10rem'], ['tokens', 'tokens', '6rem'], ['text', 'row', '']];
 
 function itemsOf(index) {
@@ -29,10 +29,11 @@ const example = (row, told) => (data.targets[row]
 function latents(reason) {
   const most = Math.max(...reason.rows.flatMap((one) => one.slice(1)).filter((value) => value !== null), 1e-9);
   const bars = ([, mine, theirs]) => el('span', { class: 'track' }, el('i', { style: { width: percent((theirs ?? 0) / most) } }), el('i', { style: { width: percent((mine ?? 0) / most) } }));
+  const head = (name, mark) => el('th', { scope: 'col', class: 'number' }, el('span', { class: mark }), name);
   return el('div', { class: 'reason' }, el('b', {}, 'SAE latents that decided'), el('table', { class: 'latents' },
-    el('thead', {}, el('tr', {}, ...['latent', 'row', 'target', ''].map((one) => el('th', { scope: 'col' }, one)))),
+    el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'latent'), head('row', 'key chosen'), head('target', 'key'), el('th', {}))),
     el('tbody', {}, ...reason.rows.map((one) => el('tr', {}, el('td', {}, String(one[0])), el('td', { class: 'number' }, short(one[1])),
-      el('td', { class: 'number' }, short(one[2])), el('td', {}, bars(one)))))));
+      el('td', { class: 'number' }, short(one[2])), el('td', {}, bars(one)))))), note(`What they fire on: llmselect sae describe RUN/config.yaml --latents ${reason.rows.map((one) => one[0]).join(',')}`));
 }
 
 function heat(reason) {
@@ -78,7 +79,8 @@ function drawRows() {
   list.page = Math.min(Math.max(0, list.page), pages - 1);
   list.body.replaceChildren(...list.rows.slice(list.page * PAGE, (list.page + 1) * PAGE).flatMap(lineOf));
   for (const [name, head] of list.heads) head.setAttribute('aria-sort', name !== list.by ? 'none' : list.down ? 'descending' : 'ascending');
-  list.count.textContent = `${whole(list.rows.length)} rows, page ${list.page + 1} of ${pages}`;
+  list.note.textContent = list.told[list.which];
+  list.count.textContent = `${whole(list.rows.length)} ${list.rows.length === 1 ? 'row' : 'rows'}, page ${list.page + 1} of ${pages}`;
   list.back.disabled = !list.page;
   list.next.disabled = list.page >= pages - 1;
 }
@@ -115,7 +117,7 @@ function makeExplorer() {
   list.heads = columns.map(([name, label, width]) => [name, el('th', { scope: 'col', style: width ? { width } : {}, class: ['rank', 'score', 'tokens'].includes(name) ? 'number' : '' },
     el('button', { type: 'button', on: { click: () => change({ by: name, down: list.by === name ? !list.down : name === 'score' }) } }, label))]);
   list.body = el('tbody');
-  list.told = note('');
-  place('explorer').replaceChildren(list.told, el('div', { class: 'controls' }, list.kind, list.search, list.back, list.next, list.count),
+  list.note = note('');
+  place('explorer').replaceChildren(list.note, el('div', { class: 'controls' }, list.kind, list.search, list.back, list.next, list.count),
     el('div', { class: 'wide' }, el('table', { 'aria-label': 'Rows' }, el('thead', {}, el('tr', {}, ...list.heads.map((one) => one[1]))), list.body)));
 }

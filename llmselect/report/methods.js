@@ -46,14 +46,17 @@ function clusters(sizes) {
 
 function drawMethod(view) {
   const report = view.report, parts = [];
-  const setting = (value) => (typeof value === 'object' ? JSON.stringify(value) : String(value));
+  const setting = (value) => (value === null || value === undefined ? '–' : typeof value === 'object' ? JSON.stringify(value) : String(value));
+  const budget = ({ fraction, tokens, rows } = {}) => (fraction ? share(fraction) : tokens ? `${whole(tokens)} tokens` : rows ? `${whole(rows)} rows` : setting(view.budget));
   const plain = Object.entries(report).filter(([, value]) => ['number', 'boolean', 'string'].includes(typeof value));
-  const lines = [['selector', String(view.selector ?? 'by hand')], ['budget', setting(view.budget)], ['rows', whole(view.rows)],
+  const lines = [['selector', String(view.selector ?? 'by hand')], ['budget', budget(view.budget ?? {})], ['rows', whole(view.rows)],
     ['supervised tokens', whole(view.tokens)],
     ...(typeof view.kl_reduction === 'number' ? [['n-grams nearer to the target than the pool’s, nats', short(view.kl_reduction)]] : []),
-    ...Object.entries(view.config ?? {}).map(([name, value]) => [name, setting(value)]),
-    ...plain.map(([name, value]) => [name.replaceAll('_', ' '), typeof value === 'number' ? short(value) : String(value)])];
-  parts.push(el('div', { class: 'wide' }, plainTable(['setting', view.name], lines, 'Settings and findings of the method')));
+    ...Object.entries(view.config ?? {}).map(([name, value]) => [name, setting(value)])];
+  // Apart, because a setting left open and what the method found for it have the same name.
+  const findings = plain.map(([name, value]) => [name.replaceAll('_', ' '), typeof value === 'number' ? short(value) : String(value)]);
+  parts.push(el('div', { class: 'wide settings' }, plainTable(['setting', view.name], lines, 'Settings of the method')));
+  if (findings.length) parts.push(el('h3', {}, 'Found'), el('div', { class: 'wide settings' }, plainTable(['figure', view.name], findings, 'Findings of the method')));
   if (report.folds) parts.push(curves(report.folds));
   if (report.trace) parts.push(pulls(view));
   if (report.sizes) parts.push(clusters(report.sizes));

@@ -2,9 +2,10 @@
 function choose(index) {
   const view = data.views[index];
   list.items = itemsOf(index);
-  list.told.textContent = view.at.length < view.rows
+  list.told.selected = view.at.length < view.rows
     ? `${whole(view.at.length)} of the ${whole(view.rows)} rows that ${view.name} selected are on this page.`
     : `All ${whole(view.rows)} rows that ${view.name} selected.`;
+  list.told.rejects = view.score ? `The rows that ${view.name} left, those of the best scores.` : `${view.name} scores no rows: nothing tells which of those it left came near.`;
   change({ which: 'selected', by: 'rank', down: false, open: null });
   list.kind.value = 'selected';
   drawDistributions(view);

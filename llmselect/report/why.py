@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmselect.errors import UsageError
 from llmselect.heat import TOPS, parts
 from llmselect.recipe import features_in
 from llmselect.report.views import View
@@ -36,8 +37,8 @@ class Explainer:
         if key not in self._encoders:
             try:
                 self._encoders[key] = Backbone(key[0], max_length=key[1]).encoder
-            except Exception as error:  # the model may have moved: a report must not need it
-                log.info("tokens are shown as numbers: no tokenizer in %s (%s)", key[0], type(error).__name__)
+            except UsageError as error:  # the model may have moved: a report must not need it
+                log.info("tokens are shown as numbers: %s", error)
                 self._encoders[key] = None
         return self._encoders[key]
 
