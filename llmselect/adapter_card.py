@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmselect import atomic
+from llmselect.plain import is_list, is_mapping, is_sequence
 
 
 def card(key: Mapping[str, Any], settings: Mapping[str, Any], result: Mapping[str, Any], provenance: Mapping[str, Any],
@@ -33,9 +34,9 @@ def card(key: Mapping[str, Any], settings: Mapping[str, Any], result: Mapping[st
 
 def public(value: Any) -> Any:
     """`value` with every absolute or existing path in it cut to its last part."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {name: public(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         return [public(one) for one in value]
     if not isinstance(value, str):
         return value
@@ -55,6 +56,6 @@ def sort_modules(folder: Path) -> None:
     file = folder / "adapter_config.json"
     plain = json.loads(file.read_text("utf-8"))
     for name, value in plain.items():
-        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        if is_list(value) and all(isinstance(one, str) for one in value):
             plain[name] = sorted(value)
     atomic.write_json(file, plain)

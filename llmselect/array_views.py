@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ class Columns:
             if isinstance(one, SparseArray) or hasattr(one, "lazy"):
                 raise UsageError(f"{one!r} cannot stand beside other features; give dense ones that are computed for all rows")
         self.arrays, self.ids = list(arrays), arrays[0].ids
-        self.shape = len(arrays[0]), sum(int(np.prod(one.shape[1:])) for one in arrays)
+        self.shape = len(arrays[0]), sum(math.prod(one.shape[1:]) for one in arrays)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -56,7 +58,7 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,9 @@ def read_json(path: Path | str, again: str, sealed: bool = False) -> dict[str, A
     """
     try:
         text = Path(path).read_bytes()
-        about = json.loads(text)
+        about: dict[str, Any] = json.loads(text)
         # The text too: the last digit of a number may change without the number.
-        intact = isinstance(about, dict) and (not sealed or text == json_text(about).encode())
+        intact = type(about) is dict and (not sealed or text == json_text(about).encode())
     except FileNotFoundError:
         raise LlmselectError(f"{path} is missing; {again}") from None
     except (ValueError, RecursionError):
@@ -109,7 +109,7 @@ def move(beside: Path | str, path: Path | str) -> None:
 
 
 @contextmanager
-def beside(path: Path | str) -> Iterator[Path]:
+def beside(path: Path | str) -> Generator[Path]:
     """Yield a new file beside `path` for what writes by itself; on success it takes that place, on error it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 @contextmanager
-def replace_dir(path: Path | str) -> Iterator[Path]:
+def replace_dir(path: Path | str) -> Generator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`, on error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

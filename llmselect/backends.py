@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from llmselect.errors import LlmselectError, UsageError, require
+from llmselect.plain import is_sequence
 
 if TYPE_CHECKING:
     from llmselect.engine.backbone import Backbone
@@ -50,7 +51,8 @@ class Sampling:
             raise UsageError(f"temperature: {self.temperature} is not allowed; give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p: {self.top_p} is not allowed; give a number above 0, at most 1")
-        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
+        stop: Any = self.stop  # whatever was given
+        if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
             raise UsageError(f"stop: {self.stop!r} is not allowed; give a list of non-empty strings")
         object.__setattr__(self, "stop", tuple(self.stop))
 
@@ -97,8 +99,11 @@ class HFBackend:
         found: dict[int, Generation] = {}
         names = [one.name for one in prompts]
         lengths = [len(one.ids) + sampling.max_new_tokens for one in prompts]
+
+        def step(rows: np.ndarray) -> list[Generation]:
+            return self._batch([prompts[int(i)] for i in rows], sampling)
+
         for batch in plan(lengths, self.batch_tokens):
-            step = lambda rows: self._batch([prompts[i] for i in rows], sampling)  # noqa: E731
             for rows, answers in self.back_off.run(batch, step, names):
                 found.update(zip(rows.tolist(), answers, strict=True))
         return [found[i] for i in range(len(prompts))]
@@ -175,7 +180,7 @@ class VLLMBackend:
         return [_answer(self.backbone.tokenizer, list(out.outputs[0].token_ids), ends, sampling.stop) for out in outputs]
 
 
-BACKENDS = {"hf": HFBackend, "vllm": VLLMBackend}
+BACKENDS: dict[str, Callable[[Backbone, int | None], Backend]] = {"hf": HFBackend, "vllm": VLLMBackend}
 
 
 def digest(*parts: Any) -> int:
@@ -191,8 +196,10 @@ def lora_rank(adapter: str) -> int:
     """
     from peft import PeftConfig
 
-    config: Any = PeftConfig.from_pretrained(adapter)
-    rank = max([getattr(config, "r", 0) or 0, *(getattr(config, "rank_pattern", None) or {}).values()])
+    peft: Any = PeftConfig
+    config = peft.from_pretrained(adapter)
+    ranks: dict[str, int] = getattr(config, "rank_pattern", None) or {}
+    rank = max([getattr(config, "r", 0) or 0, *ranks.values()])
     if not 0 < rank <= RANKS[-1]:
         raise UsageError(f"adapter: {adapter} has rank {rank}; vLLM takes LoRA of rank 1 to {RANKS[-1]}; use backend hf")
     return next(one for one in RANKS if one >= rank)
@@ -215,10 +222,11 @@ def end_tokens(backbone: Backbone, stop: Sequence[str] = ()) -> set[int]:
     of the assistant (a base model fine-tuned on chats has learnt that one), added tokens among `stop`."""
     from transformers import GenerationConfig
 
+    settings: Any = GenerationConfig
     tokenizer, found = backbone.tokenizer, [backbone.tokenizer.eos_token_id, backbone.text_config.eos_token_id]
     with contextlib.suppress(OSError, ValueError):  # many models have no such file
-        found.append(GenerationConfig.from_pretrained(backbone.path).eos_token_id)
-    ends = {int(one) for some in found for one in (some if isinstance(some, list | tuple) else [some]) if one is not None}
+        found.append(settings.from_pretrained(backbone.path).eos_token_id)
+    ends = {int(one) for some in found for one in (some if is_sequence(some) else [some]) if one is not None}
     added = tokenizer.get_added_vocab()
     ends |= {added[one] for one in stop if one in added}
     mark = backbone.encoder.turn_end()

@@ -73,7 +73,8 @@ def _places(incomplete: str, marker: str, endings: tuple[str, ...]) -> list[str]
     """
     typed, _, start = incomplete.rpartition("/")
     folder = Path(typed + "/" if incomplete.startswith("/") else typed).expanduser()
-    found, onward = [], []
+    found: list[str] = []
+    onward: list[str] = []
     try:
         inside = sorted(folder.iterdir())
     except OSError:

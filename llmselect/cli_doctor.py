@@ -60,7 +60,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _devices(found: dict[str, Any]) -> list[str]:
-    lines, cpu = [], found["cpu"]
+    cpu, lines = found["cpu"], list[str]()
     for one in found["devices"]:
         if one["kind"] == "cpu":
             memory = f"{_size(cpu['memory'])} ({_size(cpu['memory_free'])} free)"

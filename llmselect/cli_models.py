@@ -116,7 +116,10 @@ def lm_eval(model: Model,
 
 def _table(found: dict[str, Any]) -> str:
     lines = ["| task | metric | value | stderr | rows |", "|---|---|---|---|---|"]
-    number = lambda value: "" if value is None else f"{value:.4f}"  # noqa: E731
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
     for task, metrics in found["tasks"].items():
         for metric, one in metrics.items():
             rows = found["samples"].get(task, "")

@@ -45,10 +45,12 @@ class Clustering:
 
 def clusters_of(x: Any, wanted: Clustering, ids: Any = None) -> np.ndarray:
     """The cluster `[n]` int32 of each row of `x [n, d]`; -1 for rows marked as not finite in a store."""
-    label, lost = np.full(x.shape[0], -1, np.int32), getattr(x, "non_finite", np.zeros(0, np.int64))
-    rows = np.delete(np.arange(x.shape[0]), lost)
+    n: int = x.shape[0]
+    label = np.full(n, -1, np.int32)
+    lost: np.ndarray = getattr(x, "non_finite", np.zeros(0, np.int64))
+    rows = np.delete(np.arange(n), lost)
     ids = getattr(x, "ids", None) if ids is None else ids
-    keys = fold_ids(ids.raw) if hasattr(ids, "raw") else keys_of(ids, x.shape[0])
+    keys = fold_ids(ids.raw) if hasattr(ids, "raw") else keys_of(ids, n)
     held = Rows(Subset(x, rows) if len(lost) else x, normalize=wanted.normalize)
     label[rows] = kmeans(held, min(wanted.clusters, len(rows)), Keyed(wanted.seed, keys[rows])).label
     return label

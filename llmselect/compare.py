@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# scipy and datasets have no types.
+# pyright: reportMissingTypeStubs=false
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,16 +54,17 @@ def compare(folders: list[Path]) -> dict[str, Any]:
 def _sources(folder: Path) -> np.ndarray:
     from datasets import Dataset
 
-    data = Dataset.from_file(str(account.intact(folder, "pool/pool.arrow")))
+    data: Any = Dataset.from_file(str(account.intact(folder, "pool/pool.arrow")))
     return np.asarray(data["source"])[np.load(account.intact(folder, "pool/usable.npy"), allow_pickle=False)]
 
 
 def _describe(selection: Selection, store: FeatureStore, sources: np.ndarray) -> dict[str, Any]:
     cost = np.asarray(store["tokens.supervised"])
     tokens = cost[selection.indices]
-    scores = None if selection.scores is None else np.asarray(selection.scores, np.float64).reshape(selection.n, -1).max(1)
+    given = selection.scores
+    scores: np.ndarray | None = None if given is None else np.asarray(given, np.float64).reshape(selection.n, -1).max(1)
     known = None if scores is None else np.isfinite(scores)  # a method may leave rows without a score
-    mix = Counter(sources[selection.indices].tolist())
+    mix: Counter[str] = Counter(sources[selection.indices].tolist())
     return {
         "rows": len(selection),
         "tokens": int(tokens.sum()),
@@ -91,9 +94,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks with ties averaged."""
-    from scipy.stats import rankdata
+    import scipy.stats
 
-    return np.asarray(rankdata(values))
+    stats: Any = scipy.stats
+    return np.asarray(stats.rankdata(values))
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from llmselect.errors import LlmselectError, UsageError, nearest
+from llmselect.plain import is_list, is_mapping, is_sequence
 from llmselect.strict_yaml import dump_yaml, load_yaml, parse_yaml
 
 __all__ = [
@@ -38,7 +39,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     Errors: `UsageError` with the key's path: an unknown key (names the nearest), a missing one, a wrong type, or what
     the class's own `__post_init__` refuses.
     """
-    if not isinstance(data, Mapping):
+    if not is_mapping(data):
         raise _wrong(where, cls, data)
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -81,9 +82,13 @@ def _spell(hint: Any) -> str:
     if kind is dict or dataclasses.is_dataclass(kind):
         return "a mapping of keys"
     if kind in (list, tuple):
-        fixed = kind is tuple and arguments and arguments[-1] is not Ellipsis
-        return f"a list of {len(arguments)} values" if fixed else "a list"
+        return f"a list of {len(arguments)} values" if _fixed(kind, arguments) else "a list"
     return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _fixed(kind: Any, arguments: Sequence[Any]) -> bool:
+    """Whether a tuple of so many values is meant, not one of any length."""
+    return kind is tuple and len(arguments) > 0 and arguments[-1] is not Ellipsis
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -102,7 +107,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if kind in (list, tuple):
         return _convert_sequence(hint, kind, arguments, value, where)
     if kind is dict:
-        if not isinstance(value, Mapping):
+        if not is_mapping(value):
             raise _wrong(where, hint, value)
         inner = arguments[1] if arguments else Any
         for key in value:
@@ -113,7 +118,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(hint: Any, arguments: Sequence[Any], value: Any, where: str) -> Any:
-    deeper = []
+    deeper: list[UsageError] = []
     # The value's own type first, else `int | str` would turn the text "1e5" into a number.
     for member in sorted(arguments, key=lambda a: a is not type(value)):
         try:
@@ -122,14 +127,14 @@ def _convert_union(hint: Any, arguments: Sequence[Any], value: Any, where: str) 
             if _spell(member).startswith("a mapping" if isinstance(value, Mapping) else "a list"):
                 deeper.append(error)
     # Only a member of the value's shape can say which key or entry inside it is wrong.
-    shaped = isinstance(value, Mapping | list | tuple)
+    shaped = is_mapping(value) or is_sequence(value)
     raise deeper[0] if shaped and len(deeper) == 1 else _wrong(where, hint, value)
 
 
-def _convert_sequence(hint: Any, kind: type, arguments: Sequence[Any], value: Any, where: str) -> Any:
-    if not isinstance(value, list | tuple):
+def _convert_sequence(hint: Any, kind: Any, arguments: Sequence[Any], value: Any, where: str) -> Any:
+    if not is_sequence(value):
         raise _wrong(where, hint, value)
-    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+    if _fixed(kind, arguments):
         if len(value) != len(arguments):
             raise _wrong(where, hint, value)
         inner = list(arguments)
@@ -187,9 +192,9 @@ def to_dict(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(key): to_dict(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         return [to_dict(one) for one in value]
     if isinstance(value, Path):
         return str(value)
@@ -212,7 +217,7 @@ def difference(old: Any, new: Any, at: str = "") -> list[str]:
 
     There is none exactly when the fingerprints are equal.
     """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
+    if is_mapping(old) and is_mapping(new):
         keys = sorted(old.keys() | new.keys(), key=str)
         pairs = ((old.get(key, _MISSING), new.get(key, _MISSING), _join(at, key)) for key in keys)
         return [line for pair in pairs for line in difference(*pair)]
@@ -252,10 +257,10 @@ def substitute(data: Any, values: Mapping[str, Any], where: str = "") -> Any:
 
     Errors: `UsageError` naming the variable to set when it is absent or null.
     """
-    if isinstance(data, Mapping):
+    if is_mapping(data):
         as_is = ("vars",) if where == "" else ()
         return {k: v if k in as_is else substitute(v, values, _join(where, k)) for k, v in data.items()}
-    if isinstance(data, list):
+    if is_list(data):
         return [substitute(one, values, f"{where}[{i}]") for i, one in enumerate(data)]
     if not isinstance(data, str):
         return data

@@ -40,8 +40,8 @@ class Contamination:
     """
 
     boilerplate: float = 0.1
-    grams: dict[str, str] = field(default_factory=dict)
-    prompts: dict[str, str] = field(default_factory=dict)
+    grams: dict[str, str] = field(default_factory=dict[str, str])
+    prompts: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(self, rows: Iterable[Any]) -> Contamination:
         """Learn one evaluation set."""

@@ -59,10 +59,11 @@ def ensemble(selections: Mapping[str, Selection], how: How = "borda", budget: An
     count = _count(parsed, rows[order], n, cost)
     order = order[:count]
     evidence = {f"rank_{name}": ranks[order, i] for i, name in enumerate(selections)}
-    evidence |= {} if turn is None else {"turn": turn[:count]}
+    if turn is not None:
+        evidence["turn"] = turn[:count]
     made = {"selector": "ensemble", "config": {"how": how}, "of": {k: dict(v.provenance) for k, v in selections.items()},
             "budget": parsed.plain(), "n": n}  # fmt: skip
-    return Selection(rows[order], n, scores, None, evidence, True, made, None if ids is None else [ids[i] for i in order])
+    return Selection(rows[order], n, scores, None, evidence, True, made, None if ids is None else [ids[int(i)] for i in order])
 
 
 def _ranks(selections: Mapping[str, Selection]) -> tuple[np.ndarray, list[str] | None, np.ndarray]:
@@ -109,7 +110,7 @@ def ensemble_runs(folders: list[Path], methods: list[str] | None, how: How, out:
             for file in sorted((folder / "selections" / method).glob("seed-*/selection.json")):
                 name = method if len(folders) == 1 else f"{folder.name}/{method}"
                 found.setdefault(file.parent.name, {})[name] = Selection.load(file.parent)
-    most, written = max(map(len, found.values())), []
+    most, written = max(map(len, found.values())), list[Path]()
     cost = np.asarray(FeatureStore(folders[0] / "features")["tokens.supervised"])
     for seed, selections in sorted(found.items()):
         if len(selections) < most:

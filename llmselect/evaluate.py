@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +63,9 @@ def row_losses(model: str, adapter: str | None, tests: Mapping[str, Dataset], *,
     loss = Loss(model=model, adapter=adapter, dtype=dtype, max_length=max_length, without_prompt=False)
     backbone = Backbone(model, adapter, dtype, max_length)
     run = Pass(backbone, {"loss": loss}, {}, {}, batch_tokens=batch_tokens or default_batch_tokens())
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for task, data in tests.items():
-        parts = [data[start : start + 1024] for start in range(0, len(data), 1024)]
+        parts: list[Any] = [data[start : start + 1024] for start in range(0, len(data), 1024)]
         nll = np.concatenate([run.compute(p["messages"], p["id"], ["loss"])["loss"]["nll"] for p in parts])
         if len(bad := np.flatnonzero(~np.isfinite(nll))):
             raise LlmselectError(f"{task}: held-out row {data[int(bad[0])]['id']} has loss {nll[bad[0]]} (of {len(bad)} such)")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmselect.errors import UsageError, nearest
+from llmselect.plain import is_list, is_mapping, is_sequence
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
@@ -39,7 +40,7 @@ def to_messages(row: Any, columns: Mapping[str, str] | None = None) -> list[Mess
 
     Errors: `Invalid` with the reason.
     """
-    if not isinstance(row, Mapping):
+    if not is_mapping(row):
         raise Invalid("not_an_object", f"a row is an object with named fields, this is {type(row).__name__}")
     if columns:
         absent = [theirs for theirs in columns.values() if theirs not in row]
@@ -54,10 +55,10 @@ def to_prompt(row: Any) -> list[Message]:
 
     Errors: `Invalid` with the reason.
     """
-    if not isinstance(row, Mapping):
+    if not is_mapping(row):
         raise Invalid("not_an_object", f"a row is an object with named fields, this is {type(row).__name__}")
     turns = _turns(row)
-    while turns and isinstance(turns[-1], Mapping) and _role(turns[-1]) == "assistant":
+    while turns and is_mapping(turns[-1]) and _role(turns[-1]) == "assistant":
         turns.pop()  # what is there is the reference: the model must not see it
     if not turns:
         raise Invalid("no_prompt", "there is no turn before the assistant's to answer")
@@ -79,8 +80,8 @@ def _turns(row: Mapping[str, Any]) -> list[Any]:
         return [*_system(row), _turn("user", f"{asked}\n\n{more}" if more.strip() else asked), _turn("assistant", answer)]
     if row.get("prompt") is not None:
         answer = next((row[k] for k in ("completion", "response", "answer") if row.get(k) is not None), None)
-        before = row["prompt"] if isinstance(row["prompt"], list) else [*_system(row), _turn("user", row["prompt"])]
-        return [*before, *(answer if isinstance(answer, list) else [_turn("assistant", answer)])]
+        before = row["prompt"] if is_list(row["prompt"]) else [*_system(row), _turn("user", row["prompt"])]
+        return [*before, *(answer if is_list(answer) else [_turn("assistant", answer)])]
     if row.get("text") is not None:
         return [_turn("assistant", row["text"])]
     if any(name in row for name in ("messages", "conversations", "prompt", "instruction", "text")):
@@ -97,7 +98,7 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
+    if not is_sequence(value):
         raise Invalid("wrong_type", f"{name} must be a list of turns, this is {type(value).__name__}")
     return list(value)
 
@@ -124,7 +125,7 @@ def _checked(turns: list[Any]) -> list[Message]:
 
 
 def _message(turn: Any, index: int) -> Message:
-    if not isinstance(turn, Mapping):
+    if not is_mapping(turn):
         raise Invalid("wrong_type", f"turn {index} must be an object with role and content, this is {type(turn).__name__}")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role.lower() not in ROLES:

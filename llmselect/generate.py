@@ -119,14 +119,14 @@ def encode(backbone: Backbone, prompts: Sequence[Sequence[Message]], sampling: S
     Errors: `UsageError` naming the row that is empty, ends with the assistant, or leaves no room for its answer.
     """
     names = [f"prompts[{i}]" + (f" ({ids[i]})" if ids else "") for i in range(len(prompts))]
-    texts = []
+    texts: list[str] = []
     for name, messages in zip(names, prompts, strict=True):
         if not messages or messages[-1]["role"] == "assistant":
             what = "ends with a turn of the assistant" if messages else "has no turns"
             raise UsageError(f"{name} {what}; end it with the turn that is to be answered")
         texts.append(backbone.encoder.render(messages, add_generation_prompt=True))
-    found = backbone.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    room, seen, out = backbone.encoder.max_length - sampling.max_new_tokens, Counter(), []
+    found: list[list[int]] = backbone.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    room, seen, out = backbone.encoder.max_length - sampling.max_new_tokens, Counter[int](), list[Prompt]()
     for name, tokens in zip(names, found, strict=True):
         if len(tokens) > room:
             raise UsageError(

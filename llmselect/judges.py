@@ -93,7 +93,7 @@ def reward(prompts: Sequence[list[Message]], gold: Sequence[str], answers: Seque
     chats = [[*ask, {"role": "assistant", "content": text}] for side in (gold, answers)
              for ask, text in zip(prompts, side, strict=True)]  # fmt: skip
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     found = classify.outputs(loaded, ids, limit, batch_tokens or default_batch_tokens())[:, 0]
     if len(lost := np.flatnonzero(np.isnan(found))):
         log.warning("%d of %d conversations are longer than %s reads and are not scored", len(lost), len(found), model)

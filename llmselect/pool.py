@@ -6,6 +6,8 @@ looked for. Every row is accounted for: read = kept + invalid + duplicates + con
 
 from __future__ import annotations
 
+# datasets and pyarrow have no types.
+# pyright: reportMissingTypeStubs=false
 import atexit
 import hashlib
 import json
@@ -26,13 +28,14 @@ from llmselect import atomic
 from llmselect.decontaminate import Contamination
 from llmselect.errors import LlmselectError
 from llmselect.formats import Invalid, Message, check_columns, to_messages
-from llmselect.readers import read
+from llmselect.readers import Raw, read
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("llmselect")
 BATCH = 1000
+Row = tuple[str, str, str | None, list[Message]]  # id (before it is known: origin), source, licence, messages
 _EXCERPT = reprlib.Repr()  # of rows of any depth and size
 _EXCERPT.maxlevel, _EXCERPT.maxdict, _EXCERPT.maxstring, _EXCERPT.maxother = 4, 8, 200, 100
 
@@ -52,9 +55,9 @@ class PoolReport:
     invalid: int = 0
     duplicates: int = 0
     contaminated: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter[str])
     quarantine: Path | None = None
-    examples: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list[str])
 
     def describe(self) -> str:
         """One line for a person."""
@@ -140,7 +143,7 @@ def open_rows(file: Path) -> Dataset:
     """The rows of an Arrow file that `read_pool` wrote; they have a column `license` if any row states one."""
     from datasets import Dataset
 
-    data = Dataset.from_file(str(file))
+    data: Any = Dataset.from_file(str(file))
     if "license" in data.column_names and data.data.column("license").null_count == len(data):
         data = data.remove_columns("license")
     return data
@@ -184,8 +187,8 @@ def load_pool(source: Any, **options: Any) -> Dataset:
     return read_pool(source, **options)[0]
 
 
-def _accepted(raws: Any, columns: Any, source_name: str | None, limit: int | None, max_row_bytes: int,
-              report: PoolReport, rejects: _Quarantine) -> Iterator[tuple[str, str, str | None, list[Message]]]:  # fmt: skip
+def _accepted(raws: Iterable[tuple[str, Raw]], columns: Mapping[str, str] | None, source_name: str | None,
+              limit: int | None, max_row_bytes: int, report: PoolReport, rejects: _Quarantine) -> Iterator[Row]:  # fmt: skip
     """Valid rows as (origin, source, licence, messages)."""
     for stem, (origin, row) in raws:
         if limit is not None and report.read >= limit:
@@ -212,7 +215,7 @@ def _sound(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[tuple]:
+def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[Row]:
     """Rows seen for the first time and clean of evaluation text, as (id, source, licence, messages)."""
     seen = Seen()
     for origin, source, licence, messages in rows:
@@ -261,10 +264,11 @@ class Seen:
         return at < len(run) and bytes(run[at]) == digest.rstrip(b"\0")
 
 
-def _write(path: Path, rows: Iterator[tuple], group: str | None, report: PoolReport) -> Path:
+def _write(path: Path, rows: Iterator[Row], group: str | None, report: PoolReport) -> Path:
     """Stream rows into an Arrow file, complete or absent."""
-    import pyarrow as pa
+    import pyarrow
 
+    pa: Any = pyarrow
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     last = "group" if group else "license"  # targets are never passed on, so nobody asks for their licence
     schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)), ("source", pa.string()), (last, pa.string())])

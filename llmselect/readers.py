@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and pyarrow have no types.
+# pyright: reportMissingTypeStubs=false
 import codecs
 import csv
 import gzip
@@ -14,6 +16,7 @@ from typing import Any
 from llmselect import atomic
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.formats import Invalid
+from llmselect.plain import is_list, is_mapping
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
 MOST_JSON = 1 << 30  # bytes of a .json file once unpacked: it is parsed as a whole, a few KB of gzip can be gigabytes
@@ -57,7 +60,7 @@ def contents(places: list[str], known: Mapping[str, list[Any]]) -> dict[str, lis
 
     A file whose size and time are those of `known`, an earlier answer, is not read again.
     """
-    found = {}
+    found: dict[str, list[Any]] = {}
     for file, stamp in stamps(places).items():
         same = file in known and list(known[file][:2]) == stamp
         found[file] = [*stamp, known[file][2] if same else atomic.sha256_file(file)]
@@ -83,10 +86,11 @@ def read(source: Any, split: str, max_row_bytes: int, subset: str | None = None)
 
 
 def _hub(name: str, split: str, subset: str | None) -> Any:
-    from datasets import load_dataset
+    import datasets
 
+    untyped: Any = datasets
     try:
-        return load_dataset(name, subset, split=split)
+        return untyped.load_dataset(name, subset, split=split)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         which = f"split {split!r}" + (f" of subset {subset!r}" if subset else "; some need a subset, e.g. pool.subset=main")
@@ -180,11 +184,11 @@ def _json(path: Path, max_row_bytes: int) -> Iterator[Raw]:
     if isinstance(parsed, Invalid):  # many ".json" files hold one object a line
         yield from _lines(path, max(max_row_bytes, len(data)))
         return
-    if isinstance(parsed, dict):
-        lists = [value for value in parsed.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if is_mapping(parsed):
+        lists = [value for value in parsed.values() if is_list(value) and value and is_mapping(value[0])]
         single = any(k in parsed for k in ("messages", "conversations", "instruction", "prompt", "text"))
         parsed = lists[0] if len(lists) == 1 and not single else [parsed]
-    for i, row in enumerate(parsed if isinstance(parsed, list) else [parsed]):
+    for i, row in enumerate(parsed if is_list(parsed) else [parsed]):
         yield f"{_name(path)}[{i}]", row
 
 
@@ -194,7 +198,7 @@ def _csv(path: Path, max_row_bytes: int) -> Iterator[Raw]:
     try:
         with _open(path) as file:
             rows = csv.reader(_bounded(file, max_row_bytes), strict=True)
-            names = next(rows, [])
+            names = next(rows, list[str]())
             if len(set(names)) != len(names):
                 raise UsageError(f"{path}: a column stands twice in the first line: {', '.join(names)[:200]}")
             while True:
@@ -228,9 +232,11 @@ def _named(names: list[str], row: list[str]) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow
+    import pyarrow.parquet
 
+    pa: Any = pyarrow
+    pq: Any = pyarrow.parquet
     index = 0
     try:
         file = pq.ParquetFile(path)

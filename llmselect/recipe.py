@@ -13,6 +13,7 @@ from llmselect.clustering import Clustering
 from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
+from llmselect.plain import is_list, is_mapping
 from llmselect.refine_steps import Refine
 from llmselect.refine_steps import check as check_refine
 from llmselect.registry import extractors, selectors
@@ -52,7 +53,7 @@ class Recipe:
     pool: PoolSource
     targets: dict[str, TargetSource]
     methods: dict[str, dict[str, Any]]
-    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    features: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     budget: Any = field(default="5%", metadata={"help": 'rows, "5%", {fraction: 0.05} or {tokens: 200000}'})
     seeds: list[int] = field(default_factory=lambda: [0])
     train: Train = field(default_factory=Train)
@@ -65,7 +66,7 @@ class Recipe:
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard: the most a kill loses"})
     out: str | None = field(default=None, metadata={"help": "run folder; null: runs/<name>"})
-    vars: dict[str, Any] = field(default_factory=dict, metadata={"help": "values for ${name} in this file"})
+    vars: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"help": "values for ${name} in this file"})
 
     @property
     def folder(self) -> Path:
@@ -229,9 +230,9 @@ def features_in(read: Any) -> list[str]:
 
     Errors: `UsageError` for an empty list.
     """
-    if isinstance(read, list) and not read:
+    if is_list(read) and not read:
         raise UsageError("a list of features is empty; name at least one")
-    return [str(one) for one in read] if isinstance(read, list) else [str(read)]
+    return [str(one) for one in read] if is_list(read) else [str(read)]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -263,12 +264,12 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Resolve what looks like a relative path (`./x`, `../x`) in the known places against the recipe's folder."""
 
     def resolve(value: Any) -> Any:
-        if isinstance(value, list):
+        if is_list(value):
             return [resolve(one) for one in value]
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
     def within(part: Any, keys: Collection[str]) -> Any:
-        return {k: resolve(v) if k in keys else v for k, v in part.items()} if isinstance(part, Mapping) else part
+        return {k: resolve(v) if k in keys else v for k, v in part.items()} if is_mapping(part) else part
 
     out = {k: within(v, _PATHS[k]) if k in _PATHS else v for k, v in plain.items()}
     for section, keys in (("targets", ("dev", "test")), ("features", _FEATURE_PATHS)):
@@ -277,7 +278,7 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return out
 
 
-def _named(registry: Any, name: Any, where: str, key: str) -> type:
+def _named(registry: Any, name: Any, where: str, key: str) -> type[Any]:
     if name is None:
         raise UsageError(f"{where}.{key}: missing; one of {', '.join(registry.names())}")
     if not isinstance(name, str) or len(name) > 100:

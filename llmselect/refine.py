@@ -42,7 +42,7 @@ from llmselect.kernels.topk import topk_stable
 from llmselect.selection import Budget, Selection
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs] - it has no types
 
 log = logging.getLogger("llmselect")
 Message = dict[str, str]
@@ -137,7 +137,7 @@ def refine(pool: Dataset, x: Any, budget: Any, loop: Loop, steps: Steps, folder:
 class _State:
     """The loop at work; `pick` numbers the rows that may be selected, all arrays are over those."""
 
-    def __init__(self, pool: Dataset, x: Any, budget: Budget, loop: Loop, steps: Steps, folder: Path, quality: Any,
+    def __init__(self, pool: Any, x: Any, budget: Budget, loop: Loop, steps: Steps, folder: Path, quality: Any,
                  seed: int, exclude: Any, process: Any):  # fmt: skip
         if budget.tokens is not None:
             raise UsageError('refine: a budget in tokens cannot be divided over rounds; give rows or a share ("5%")')
@@ -188,12 +188,12 @@ class _State:
             raise LlmselectError(f"{file} is damaged; delete {self.folder} and run again")
         label, sizes, k = np.load(file, allow_pickle=False), np.array(found["sizes"]), len(found["sizes"])
         order = in_cluster_order(label, self.values(), self.rng.keys)
-        weights, rows, of_round, rounds = np.full(k, 1 / k), np.zeros(0, np.int64), np.zeros(0, np.int64), []
+        weights, rows, of_round, rounds = np.full(k, 1 / k), np.zeros(0, np.int64), np.zeros(0, np.int64), list[Any]()
         for number, count in enumerate(self.share, 1):
             here = self.folder / f"round-{number}"
             taken = np.bincount(label[rows], minlength=k)
 
-            def draw(count=count, weights=weights, taken=taken) -> dict[str, Any]:
+            def draw(count: int = count, weights: np.ndarray = weights, taken: np.ndarray = taken) -> dict[str, Any]:
                 share = apportion(count, weights, sizes - taken)
                 return {"rows": next_rows(order, label, taken, share, self.rng.keys).tolist(), "share": share.tolist()}
 
@@ -230,7 +230,7 @@ class _State:
         from llmselect.kernels.kmeans import candidates_for, kmeans, silhouettes
         from llmselect.kernels.rows import Rows
 
-        x, report = Rows(Subset(self.x, self.pick), normalize=self.loop.unit), {}
+        x, report = Rows(Subset(self.x, self.pick), normalize=self.loop.unit), dict[str, Any]()
         count = self.loop.clusters
         if count is None:
             tried = silhouettes(x, candidates_for(len(x), self.share[0]), self.rng)
@@ -253,9 +253,9 @@ class _State:
         """A probe of every cluster, drawn from all rows trained on, and its answers."""
         ranked = rows[np.lexsort((self.rng.keys[rows], self.rng.uniform(f"probe {at.number}")[rows], label[rows]))]
         left = np.full(int(label.max()) + 1, self.loop.probe)
-        probe, prompts = [], []
+        probe, prompts = list[int](), list[list[Message]]()
         for row in ranked.tolist():
-            messages = self.pool[int(self.pick[row])]["messages"] if left[label[row]] else []
+            messages: list[Message] = self.pool[int(self.pick[row])]["messages"] if left[label[row]] else []
             if self.asks(messages):
                 left[label[row]] -= 1
                 probe.append(row)

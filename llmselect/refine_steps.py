@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

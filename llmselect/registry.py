@@ -60,14 +60,14 @@ class Registry:
         """All registered names, sorted."""
         return sorted(self._loaded)
 
-    def get(self, name: str) -> type:
+    def get(self, name: str) -> type[Any]:
         """The class called `name`; `UsageError` naming the nearest for an unknown one."""
         if name not in self._loaded:
             told = elsewhere(name) or nearest(name, self.names())
             raise UsageError(f"unknown {self.kind} '{name}'.{told} One of: {', '.join(self.names())}")
         return self._loaded[name]
 
-    def by_class_name(self, class_name: str) -> type:
+    def by_class_name(self, class_name: str) -> type[Any]:
         """The class itself called `class_name`, for attribute access on the package."""
         for cls in self._loaded.values():
             if cls.__name__ == class_name:

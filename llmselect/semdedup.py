@@ -82,7 +82,7 @@ def semantic_duplicates(x: Any, threshold: float = 0.95, *, clusters: int | None
 def _cluster(x: Rows, members: np.ndarray, rank: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     members = members[np.argsort(rank[members])]
     kept, vectors = np.zeros(0, np.int64), np.zeros((0, x.shape[1]))
-    dropped, nearest, cosine = [], [], []
+    dropped, nearest, cosine = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, len(members), BLOCK):
         rows = members[start : start + BLOCK]
         part = x.gather(rows)

@@ -56,5 +56,5 @@ def identity(source: PoolSource | TargetSource) -> dict[str, Any]:
     """
     places = [source.path] if isinstance(source, PoolSource) else [source.dev, *([source.test] if source.test else [])]
     local = all(Path(place).expanduser().exists() or means_file(place) for place in places)
-    unread = {"dev_split", "test_split", "subset"} if local else set()
+    unread: set[str] = {"dev_split", "test_split", "subset"} if local else set()
     return {key: value for key, value in asdict(source).items() if key not in unread and (key, value) != ("subset", None)}

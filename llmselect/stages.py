@@ -15,10 +15,12 @@ Every stage skips what is complete, so running again continues.
 
 from __future__ import annotations
 
+# datasets and accelerate have no types.
+# pyright: reportMissingTypeStubs=false
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -60,7 +62,7 @@ class Run:
     """One recipe in its folder."""
 
     recipe: Recipe
-    _lazy: dict[str, Any] = field(default_factory=dict)
+    _lazy: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def folder(self) -> Path:
@@ -95,7 +97,7 @@ class Run:
     def pool(self) -> Dataset:
         """The rows that may be selected: kept when read, and with a response that fits into `max_length`."""
         rows = np.load(account.intact(self.folder, "pool/usable.npy"), allow_pickle=False)
-        data = self.opened("pool")
+        data: Any = self.opened("pool")
         return data if len(rows) == len(data) else data.select(rows)
 
     def array(self, read: Any, tasks: Tasks | None = None) -> Any:
@@ -125,7 +127,7 @@ class Run:
         return open_rows(account.intact(self.folder, f"{place}/pool.arrow"))
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Generator[None]:
         """Add the seconds of a block to `timings.json`, over all launches."""
         start = time.monotonic()
         yield
@@ -235,7 +237,7 @@ def _select(run: Run, method: str, seed: int) -> None:
                                  + "\nDelete it, or give the run another out=.")  # fmt: skip
         return
     start = time.monotonic()
-    inputs = {
+    inputs: dict[str, Any] = {
         "seed": seed,
         "ids": run.store.open(TOKENS).ids,
         "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
@@ -247,7 +249,8 @@ def _select(run: Run, method: str, seed: int) -> None:
         if limits is None:
             made = selector.select(run.recipe.budget_of(method), **inputs)
         else:
-            of_target = np.asarray(run.target["group"])
+            target: Any = run.target
+            of_target = np.asarray(target["group"])
             of_target = of_target if tasks is None else tasks.target_side(of_target)
             inputs |= {"groups": shared_strings(run.pool, "source"), "target_groups": of_target}
             made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
@@ -273,7 +276,8 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
         sides = [run.store[f"{feature}@target{dot}{array}"] for feature, dot, array in parts]
         found["target"] = sides[0] if len(sides) == 1 else Columns(sides)
     if "target_groups" in wanted:
-        found["target_groups"] = np.asarray(run.target["group"])
+        target: Any = run.target
+        found["target_groups"] = np.asarray(target["group"])
     if "target_cost" in wanted:
         found["target_cost"] = np.asarray(run.store[f"{TOKENS}@target.supervised"])
     if tasks is not None:
@@ -283,7 +287,7 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
 
 def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
     """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name in (one for read in reads.values() for one in features_in(read)):
         feature = name.partition(".")[0]
         if run.recipe.lazy(feature):

@@ -13,6 +13,7 @@ from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
 from llmselect.errors import UsageError
+from llmselect.plain import is_mapping
 
 MAX_BYTES = 1_000_000
 
@@ -21,8 +22,9 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without repeated keys, keys that are not text, aliases, dates, sets and bytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # nine lines of aliases can expand to gigabytes
-            mark = self.peek_event().start_mark
+        parser: Any = self  # its methods have no types
+        if parser.check_event(yaml.AliasEvent):  # nine lines of aliases can expand to gigabytes
+            mark = parser.peek_event().start_mark
             raise ComposerError(None, None, "aliases (*name) are not allowed; quote a text with a *", mark)
         return super().compose_node(parent, index)
 
@@ -61,7 +63,8 @@ class _Dumper(yaml.SafeDumper):
 # YAML 1.1 wants 2.0e-3; people, and YAML 1.2, write 2e-3, which would silently become text in free-form sections.
 # Writing has to know it too: the text "2e-3" needs quotes then.
 _EXPONENT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+\Z", re.ASCII)
-for _class in (_Loader, _Dumper):
+_classes: list[Any] = [_Loader, _Dumper]
+for _class in _classes:
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
@@ -102,10 +105,10 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
         data = parse_yaml(raw.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not isinstance(data, dict):
+    if not is_mapping(data):
         found = "it is empty" if data is None else f"its top level is {type(data).__name__}"
         raise UsageError(f"{path}: expected a mapping of keys (lines of key: value); {found}")
-    return data
+    return dict(data)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmselect.array_views import GroupColumns
 from llmselect.errors import UsageError, nearest
+from llmselect.plain import is_list
 from llmselect.selectors._base import OF_TARGET, inputs_of
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def tasks_of(run: Run, method: str) -> Tasks | None:
     names = run.recipe.tasks_of(method)
     if names is None:
         return None
-    groups = list(run.target["group"])
+    target: Any = run.target
+    groups: list[str] = list(target["group"])
     every = list(dict.fromkeys(groups))
     counts = [len(run.opened(f"targets/{name}")) for name in run.recipe.targets]
-    ends = dict(zip(run.recipe.targets, np.cumsum(counts), strict=True))
+    ends: dict[str, int] = dict(zip(run.recipe.targets, np.cumsum(counts).tolist(), strict=True))
     sizes = dict(zip(run.recipe.targets, counts, strict=True))
     rows = np.concatenate([np.arange(ends[name] - sizes[name], ends[name]) for name in run.recipe.targets if name in names])
-    mine = list(dict.fromkeys(groups[row] for row in rows))
+    mine = list(dict.fromkeys(groups[int(row)] for row in rows))
     return Tasks(rows, np.array([every.index(one) for one in mine]), np.array([sorted(every).index(one) for one in sorted(mine)]))
 
 
@@ -76,7 +78,7 @@ def check_tasks(recipe: Recipe, method: str) -> None:
     given, where = recipe.methods[method].get("tasks"), f"methods.{method}.tasks"
     if given is None:
         return
-    if not isinstance(given, list) or not given:
+    if not is_list(given) or not given:
         raise UsageError(f"{where}: give a list of targets, e.g. [{next(iter(recipe.targets))}]")
     for name in given:
         if name not in recipe.targets:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# accelerate has no types.
+# pyright: reportMissingTypeStubs=false
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -48,11 +50,12 @@ class EpochCallback(TrainerCallback, ExportableState):
 
     def flush(self) -> None:
         """Take the noted losses of all processes into the state; every process must call it."""
+        import accelerate.utils
         import torch
-        from accelerate.utils import gather
 
+        untyped: Any = accelerate.utils
         if self.pending and self.epochs is not None:
-            shared: Any = gather(torch.cat(self.pending, dim=1).T.contiguous())
+            shared: Any = untyped.gather(torch.cat(self.pending, dim=1).T.contiguous())
             rows, losses = shared.T.cpu().numpy()
             self.epochs.record(rows, losses)
         self.pending = []

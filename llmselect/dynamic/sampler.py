@@ -14,7 +14,7 @@ from llmselect.errors import LlmselectError
 ROW, WEIGHT = "llmselect_row", "llmselect_weight"
 
 
-class EpochSampler(Sampler):
+class EpochSampler(Sampler[Any]):
     """The rows of the state's current epoch, in the order of training.
 
     `set_epoch(e)` draws the rows of epoch e. Every process draws the same ones; a `DataLoader` prepared by accelerate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 from math import ceil
 from typing import Any
 
@@ -11,6 +13,7 @@ from llmselect.dynamic.sampler import ROW, WEIGHT, EpochSampler, Weighted, Weigh
 from llmselect.dynamic.schedules._base import EpochSchedule
 from llmselect.dynamic.state import EpochState
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.plain import is_mapping
 
 
 def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int | None = None,
@@ -46,7 +49,8 @@ def attach(trainer: Any, schedule: EpochSchedule, *, ids: Any = None, seed: int 
         seed = int(args.seed if args.data_seed is None else args.data_seed)
     epochs = _epochs(schedule, trainer, len(data)) if args.max_steps > 0 else ceil(args.num_train_epochs)
     callback = EpochCallback(EpochState(schedule, epochs=epochs, n=len(data), ids=ids, seed=seed, losses=losses))
-    trainer.__class__ = type(f"Scheduled{type(trainer).__name__}", (_Scheduled, type(trainer)), {})
+    kind: type[Any] = trainer.__class__
+    trainer.__class__ = type(f"Scheduled{kind.__name__}", (_Scheduled, kind), {})
     trainer.epoch_callback = callback
     trainer.add_callback(callback)
     return callback
@@ -131,7 +135,7 @@ class _Scheduled:
         whole = self.args.world_size > 1 and not self.args.dataloader_drop_last
         return EpochSampler(self._epochs, weighted=True, multiple=size if whole else 1)
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[int, ...]:
         """Trainer's numbers, its steps summed over epochs of different length."""
         me: Any = self
         epochs = self._epochs
@@ -156,7 +160,7 @@ class _Scheduled:
         if not self.state.global_step:
             return resuming
         found = self.state.stateful_callbacks.get(EpochCallback.__name__)
-        if not isinstance(found, dict):
+        if not is_mapping(found):
             raise LlmselectError("the checkpoint was made without a schedule; resume it without one, or start anew")
         return self._resume(found["attributes"]["saved"])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+# accelerate has no types.
+# pyright: reportMissingTypeStubs=false
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -62,8 +64,9 @@ class Backbone:
         if self.adapter:
             from peft import PeftModel
 
+            peft: Any = PeftModel
             try:
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+                model = peft.from_pretrained(model, self.adapter).merge_and_unload()
             except Exception as error:  # as for models: what damaged files raise
                 raise unreadable("adapter", self.adapter, error) from error
         model = model.to(self.device).eval().requires_grad_(False)
@@ -120,8 +123,8 @@ class Backbone:
         return self.body(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False).last_hidden_state
 
     @contextmanager
-    def _taps(self, wanted: set[int], kept: dict[int, torch.Tensor]) -> Iterator[None]:
-        deepest, handles = max(wanted), []
+    def _taps(self, wanted: set[int], kept: dict[int, torch.Tensor]) -> Generator[None]:
+        deepest, handles = max(wanted), list[Any]()
 
         def keep(layer: int, value: Any) -> None:
             kept[layer] = value[0] if isinstance(value, tuple) else value
@@ -152,7 +155,8 @@ def default_device() -> str:
     """This process's accelerator, or the CPU."""
     from accelerate import PartialState
 
-    return str(PartialState(cpu=not torch.cuda.is_available()).device)
+    state: Any = PartialState(cpu=not torch.cuda.is_available())
+    return str(state.device)
 
 
 def from_pretrained(kind: str, path: str, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ def plan(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndar
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
+    batches, start = list[np.ndarray](), 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
         size = max(1, batch_tokens // longest)
@@ -51,7 +51,7 @@ class Batch:
     view: str = "row"
     side: str = "pool"
     layers: tuple[int, ...] = (-1,)
-    _kept: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor], repr=False)
 
     def hidden(self, layer: int = -1) -> torch.Tensor:
         """Hidden states `[B, T, d]`, all declared layers from the one forward of this batch."""
@@ -93,5 +93,5 @@ def collate(backbone: Backbone, rows: Sequence[Encoded], layers: tuple[int, ...]
         at = slice(0, len(row.ids)) if padding_side == "right" else slice(longest - len(row.ids), longest)
         ids[i, at], mask[i, at], response[i, at], content[i, at] = row.ids, True, row.response, row.content
     cut = np.array([(row.prompt_cut, row.response_cut) for row in rows], np.int64).reshape(-1, 2)
-    tensors = [torch.from_numpy(a).to(backbone.device) for a in (ids, mask, response, content, cut)]
+    tensors = [torch.as_tensor(a).to(backbone.device) for a in (ids, mask, response, content, cut)]
     return Batch(backbone, *tensors, view=view, layers=layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class BackOff:
 
     row_limit: int | None = None
 
-    def run(self, rows: np.ndarray, step: Callable[[np.ndarray], object], ids: Sequence[str]) -> Iterator[tuple]:
+    def run(self, rows: np.ndarray, step: Callable[[np.ndarray], object], ids: Sequence[str]) -> Iterator[tuple[np.ndarray, Any]]:
         """Yield `(rows, step(rows))` over parts of `rows` that fit, in order.
 
         Errors: `LlmselectError` naming the row when one row alone does not fit.

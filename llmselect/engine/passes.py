@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmselect.chat import Encoded
     from llmselect.engine.backbone import Backbone
     from llmselect.engine.extractor import Extractor
+    from llmselect.formats import Message
     from llmselect.store import Feature
 
 log = logging.getLogger("llmselect")
@@ -76,7 +77,7 @@ class Pass:
         reading = next((e for e in self.extractors.values() if view in e.views()), None)
         return self.backbone.encoder.encode(messages) if reading is None else reading.encode(self.backbone, messages, view)
 
-    def compute(self, messages: list[list[dict[str, str]]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict]:
+    def compute(self, messages: list[list[Message]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Arrays of every feature in `names` for these rows: feature → array → `[rows, …]`."""
         read = [name for name in names if self.extractors[name].views()]
         out = {name: self._empty(name, len(messages)) if name in read else self.extractors[name].texts(messages)

@@ -30,6 +30,7 @@ import numpy as np
 from llmselect.arrays import Csr
 from llmselect.engine.extractor import Arrays, Extractor, State
 from llmselect.errors import UsageError, nearest
+from llmselect.plain import is_sequence
 from llmselect.registry import extractors
 
 if TYPE_CHECKING:
@@ -127,8 +128,9 @@ def _read(files: tuple[str, ...], column: str, kind: str, columns: tuple[tuple[s
 def _value(value: Any, kind: str, column: str, origin: str) -> Any:
     if kind == "number" and isinstance(value, int | float):
         return float(value)
-    tags = [value] if isinstance(value, str) else value
-    if kind == "tags" and isinstance(tags, list | tuple) and all(isinstance(tag, str) for tag in tags):
-        return tuple(dict.fromkeys(tags))
+    if kind == "tags" and (isinstance(value, str) or is_sequence(value)):
+        tags = [value] if isinstance(value, str) else value
+        if all(isinstance(tag, str) for tag in tags):
+            return tuple(dict.fromkeys(tags))
     wanted = "a number" if kind == "number" else "a text or a list of texts"
     raise UsageError(f"column: '{column}' of {origin} holds {str(value)[:40]!r}, not {wanted}")

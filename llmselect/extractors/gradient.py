@@ -129,7 +129,7 @@ class Gradient(Extractor):
                 found = [*moments.load(backbone, self._places(), self.preconditioner == "adam", self.reference)]
             else:
                 found = [*moments.fresh(backbone, self.rank, self.seed, self.layers_like)]
-            ready = []
+            ready: list[tuple[Checkpoint | None, Projection]] = []
             for one in found:
                 pattern = self.layers_like if one is None else rf"(?:{self.layers_like}).*lora_[AB]\.{one.adapter}$"
                 layers = gradients.choose(backbone, pattern, self.last_blocks)
@@ -144,20 +144,22 @@ class Gradient(Extractor):
 
         from llmselect.engine import gradients, moments
 
-        parts, norms, inputs, loss = [], [], [], torch.zeros(0)
+        parts, norms, inputs = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        loss = torch.zeros(0)
         ready = self._ready(batch.backbone)
-        rates = torch.tensor([1.0 if one is None else one.learning_rate for one, _ in ready], dtype=torch.float64)
+        rates: Any = torch.tensor([1.0 if one is None else one.learning_rate for one, _ in ready], dtype=torch.float64)
         for (one, projection), share in zip(ready, (rates / rates.sum()).sqrt().tolist(), strict=True):
             if one is not None:
                 moments.activate(batch.backbone, one)
             step = one.moments if one is not None and batch.side == "pool" else None
             curvature = (state, self.damping) if self.fits and batch.side == "target" else None
             projection.start(len(batch.ids), step, curvature)
-            at_input = [torch.zeros(len(batch.ids), 1, 1, device=batch.ids.device)]
+            at_input: list[Any] = [torch.zeros(len(batch.ids), 1, 1, device=batch.ids.device)]
             loss = gradients.row_gradients(batch.backbone, batch, projection.layers, projection.reduce, projection.sink,
                                            packed=self.packed, at_input=at_input.append)  # fmt: skip
-            norm = projection.out.norm(dim=1, keepdim=True)
-            parts.append(share * projection.out / norm.clamp_min(1e-30))
+            out: Any = projection.out
+            norm = out.norm(dim=1, keepdim=True)
+            parts.append(share * out / norm.clamp_min(1e-30))
             missing = loss.isnan().to(norm.device)[:, None]
             norms.append(norm.masked_fill(missing, float("nan")))
             inputs.append(at_input[-1].float().flatten(1).norm(dim=1, keepdim=True).masked_fill(missing, float("nan")))

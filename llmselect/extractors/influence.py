@@ -72,19 +72,17 @@ class Influence(Extractor):
 
     def fit(self, backbone: Backbone, batches: Mapping[str, list[Batch]],
             sample: Sequence[Batch] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
-        import torch
-
         from llmselect.engine import ekfac, gradients
 
         chosen = gradients.choose(backbone, self.layers_like, self.last_blocks)
         fisher = ekfac.factors(backbone, chosen, sample, self.seed) if self.curvature == "ekfac" else None
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for g, rows in enumerate(batches.values()):
             found = ekfac.mean_gradient(backbone, chosen, rows)
             if fisher is not None:
                 found = {name: ekfac.inverse_product(fisher, name, value, self.damping) for name, value in found.items()}
-            norm = torch.stack([value.norm() for value in found.values()]).norm()
-            state |= {f"{g}/{name}": value / norm for name, value in found.items()}
+            length = _norm(list(found.values()))
+            state |= {f"{g}/{name}": value / length for name, value in found.items()}
         return state
 
     def rows(self, batch: Batch, state: State) -> dict[str, torch.Tensor]:
@@ -115,3 +113,11 @@ class Influence(Extractor):
         made.start(len(batch.ids))
         loss = gradients.row_gradients(batch.backbone, batch, made.layers, made.reduce, made.sink)
         return (made.out @ theirs.T).masked_fill(loss.isnan()[:, None], float("nan"))
+
+
+def _norm(parts: list[Any]) -> torch.Tensor:
+    """The norm of several arrays taken together."""
+    import torch
+
+    norms: Any = torch.stack([part.norm() for part in parts])
+    return norms.norm()

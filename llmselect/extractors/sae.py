@@ -105,7 +105,7 @@ class Sae(Extractor):
         row = torch.repeat_interleave(torch.arange(len(counts), device=states.device), counts)
         total = torch.zeros(len(counts), sae.cfg.d_sae, device=states.device)
         size = max(1, CHUNK // sae.cfg.d_sae)
-        for part, rows in zip(states.split(size), row.split(size), strict=True):
+        for part, rows in zip(torch.split(states, size), torch.split(row, size), strict=True):
             total.index_add_(0, rows, sae.encode(part.float()).float())
         value = total / counts[:, None]
         if self.top is not None and self.top < value.shape[1]:

@@ -132,14 +132,14 @@ def _rendered(backbone: Backbone, pieces: Sequence[str]) -> list[str]:
 
 def _filled(pieces: Sequence[str], places: Sequence[str], texts: dict[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:
     """The prompt with a row's texts, and where they stand in it."""
-    whole, spans = pieces[0], {}
+    whole, spans = pieces[0], dict[str, tuple[int, int]]()
     for place, piece in zip(places, pieces[1:], strict=True):
         spans[place] = len(whole), len(whole) + len(texts[place])
         whole += texts[place] + piece
     return whole, spans
 
 
-def _cut(ids: list[int], offsets: list, spans: dict[str, tuple[int, int]], limit: int) -> Encoded:
+def _cut(ids: list[int], offsets: list[tuple[int, int]], spans: dict[str, tuple[int, int]], limit: int) -> Encoded:
     """At most `limit` tokens: the last ones of the answer are left out, then those of the instruction."""
     from llmselect.chat import Encoded
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from llmselect.engine.backbone import Backbone
     from llmselect.engine.batch import Batch
+    from llmselect.engine.head import TokenStats
     from llmselect.engine.moments import Checkpoint
 
 _READY: WeakKeyDictionary[Any, list[Checkpoint]] = WeakKeyDictionary()
@@ -70,7 +71,7 @@ class Trajectory(Extractor):
 
         if batch.backbone not in _READY:
             _READY[batch.backbone] = moments.load(batch.backbone, self._places(), adam=False, reference=False)
-        found = []
+        found: list[TokenStats] = []
         for one in [*([None] if self.base else []), *_READY[batch.backbone]]:
             with moments.at(batch.backbone, one):
                 found.append(batch.measured())

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmselect.engine.extractor import Arrays, Extractor, State
 from llmselect.errors import LlmselectError, UsageError
@@ -70,7 +70,7 @@ class Trim(Extractor):
         return {"value": ("float16", (len(groups),)), **top, "top_score": ("float16", shape)}
 
     def fit(self, backbone: Backbone, batches: Mapping[str, list[Batch]]) -> dict[str, torch.Tensor]:
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for g, (group, rows) in enumerate(batches.items()):
             classes, vectors = self._fingerprints(backbone, rows)
             if not len(classes):
@@ -85,8 +85,9 @@ class Trim(Extractor):
 
         unique = {row.ids.cpu().numpy().tobytes(): row for row in rows}.values()
         kept = [row.ids[row.scope(self.target_scope)] for row in unique]
-        classes = torch.unique(torch.cat(kept))
-        total = torch.zeros(len(classes), backbone.hidden_size, device=backbone.device)
+        every: Any = torch.cat(kept)
+        classes: torch.Tensor = every.unique()
+        total: Any = torch.zeros(len(classes), backbone.hidden_size, device=backbone.device)
         for row, ids in zip(unique, kept, strict=True):
             keep = row.scope(self.target_scope)
             alpha, hidden = self._saliency(backbone, row, keep)
@@ -111,6 +112,7 @@ class Trim(Extractor):
     def rows(self, batch: Batch, state: State) -> dict[str, torch.Tensor]:
         import torch
 
+        linalg: Any = torch.linalg
         keep = batch.scope(self.scope)
         ids, unit = batch.ids[keep], torch.nn.functional.normalize(batch.hidden(-1)[keep].float(), dim=-1)
         groups = sum(key.endswith(".classes") for key in state)
@@ -118,7 +120,7 @@ class Trim(Extractor):
         for g in range(groups):
             match = state[f"{g}.match"][ids]
             matched = state[f"{g}.classes"][match]
-            similarity = torch.linalg.vecdot(unit, state[f"{g}.vectors"][match])
+            similarity = linalg.vecdot(unit, state[f"{g}.vectors"][match])
             similarity = torch.where(matched == ids, similarity, self.penalty * similarity)
             for name, values in self._reduce(keep, similarity, ids, matched).items():
                 found.setdefault(name, []).append(values)
@@ -161,6 +163,6 @@ def nearest_class(embedding: torch.Tensor, classes: torch.Tensor, block: int = 8
 
     unit = torch.nn.functional.normalize(embedding.float(), dim=-1)
     anchors = unit[classes].T
-    match = torch.cat([(part @ anchors).argmax(-1) for part in unit.split(block)])
+    match = torch.cat([(part @ anchors).argmax(-1) for part in torch.split(unit, block)])
     match[classes] = torch.arange(len(classes), device=match.device)
     return match

@@ -14,6 +14,8 @@ Use: no target; a difficulty score that near rows should confirm.
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 import heapq
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +64,7 @@ class D2(Selector):
         near, cosine = neighbours(Rows(x), self.neighbours)
         row, keep = np.repeat(np.arange(len(near)), near.shape[1]), near.ravel() >= 0
         shifted = 1 + np.maximum(2 - 2 * cosine.ravel()[keep].astype(np.float64), 0)
-        found = csr_array(coo_array((shifted, (row[keep], near.ravel()[keep])), shape=(len(near), len(near))))
+        found: Any = csr_array(coo_array((shifted, (row[keep], near.ravel()[keep])), shape=(len(near), len(near))))
         return csr_array(found.maximum(found.T))
 
 
@@ -76,7 +78,10 @@ def _fading(distance: Any, gamma: float) -> Any:
 def _picks(message: np.ndarray, edges: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows in the order picked, of equal messages (in float32) the first, and the message of each."""
     message, free = message.copy(), np.ones(len(message), bool)
-    rounded = lambda rows: (-message[rows].astype(np.float32)).tolist()  # noqa: E731
+
+    def rounded(rows: Any) -> list[float]:
+        return (-message[rows].astype(np.float32)).tolist()
+
     heap = list(zip(rounded(slice(None)), range(len(message)), strict=True))
     heapq.heapify(heap)
     order, taken = np.empty(k, np.int64), np.empty(k)

@@ -13,6 +13,8 @@ Use: no target; rows that stand for those around them.
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 

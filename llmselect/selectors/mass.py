@@ -14,6 +14,8 @@ Use: tags of pool and target, where it matters which occur together.
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,16 +46,17 @@ class Mass(Selector):
             raise UsageError(f"threshold: {self.threshold} and edges: {self.edges} must be 0 or more")
 
     def score(self, rng: Keyed, *, x: Any, target: Any) -> np.ndarray:
-        from scipy.sparse import csr_array, diags_array
+        import scipy.sparse
 
+        sparse: Any = scipy.sparse
         given = np.concatenate([self._kept(rows.scipy()).toarray() for _, rows in sparse_blocks(target)])
         if not given.any():
             raise LlmselectError(f"target: none of {len(given)} rows has a tag above {self.threshold}")
-        skills = csr_array(given)
-        together = csr_array(skills.T @ skills) / len(given)
+        skills = sparse.csr_array(given)
+        together = sparse.csr_array(skills.T @ skills) / len(given)
         own = together.diagonal()
-        graph = csr_array(self.edges * together + diags_array((1 - self.edges) * own))
-        found = []
+        graph = sparse.csr_array(self.edges * together + sparse.diags_array((1 - self.edges) * own))
+        found: list[np.ndarray] = []
         for _, rows in sparse_blocks(x):
             tags = self._kept(rows.scipy())
             weight = np.asarray((tags @ graph).multiply(tags).sum(1)).ravel()
@@ -65,7 +68,7 @@ class Mass(Selector):
         """Tags above the threshold, `scipy.sparse.csr_array` in float64."""
         from scipy.sparse import csr_array
 
-        kept = csr_array(rows, dtype=np.float64, copy=True)  # the indices of a store's array cannot be written to
+        kept: Any = csr_array(rows, dtype=np.float64, copy=True)  # the indices of a store's array cannot be written to
         kept.data = np.where(kept.data > self.threshold, 1.0 if self.binary else kept.data, 0.0)
         kept.eliminate_zeros()
         return kept

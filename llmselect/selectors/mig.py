@@ -17,6 +17,8 @@ Use: tags and a quality score; no target.
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -52,30 +54,32 @@ class Mig(Selector):
             raise UsageError(f"alpha: {self.alpha} must be 0 or more, and power: {self.power} above 0 and at most 1")
 
     def pick(self, k: int, rng: Keyed, *, x: Any, quality: Any) -> Picked:
-        from scipy.sparse import csr_array, diags_array, vstack
+        import scipy.sparse
 
+        sparse: Any = scipy.sparse
         worth = np.asarray(quality, np.float64)
         topk_stable(worth, 0, rng.keys)  # a row without a finite quality is named
         worth = worth - min(0.0, worth.min())
-        tags = vstack([rows.scipy() for _, rows in sparse_blocks(x)], format="csr")
-        found = maximize(Concave(csr_array(diags_array(worth) @ tags), self._spread(tags), self.power), k, rng)
+        tags = sparse.vstack([rows.scipy() for _, rows in sparse_blocks(x)], format="csr")
+        found = maximize(Concave(sparse.csr_array(sparse.diags_array(worth) @ tags), self._spread(tags), self.power), k, rng)
         report = {"evaluations": found.evaluations}
         return Picked(found.order, evidence={"gain": found.gains}, report=report)
 
     def _spread(self, tags: Any) -> Any:
         """P, `[tags, tags]`."""
-        from scipy.sparse import csr_array, diags_array, eye_array
+        import scipy.sparse
 
-        one = csr_array(eye_array(tags.shape[1]))
+        sparse: Any = scipy.sparse
+        one = sparse.csr_array(sparse.eye_array(tags.shape[1]))
         if self.tau is None:
             return one
         tags = tags.astype(np.float64)
-        shared = csr_array(tags.T @ tags)
+        shared = sparse.csr_array(tags.T @ tags)
         square = shared.diagonal()
-        scale = diags_array(1 / np.sqrt(np.where(square > 0, square, 1)))
-        similar = csr_array(scale @ shared @ scale)
+        scale = sparse.diags_array(1 / np.sqrt(np.where(square > 0, square, 1)))
+        similar = sparse.csr_array(scale @ shared @ scale)
         similar.setdiag(0)
         similar.data *= self.alpha * (similar.data > self.tau)
         similar.eliminate_zeros()
         weights = one + similar
-        return csr_array(weights @ diags_array(1 / weights.sum(0)))
+        return sparse.csr_array(weights @ sparse.diags_array(1 / weights.sum(0)))

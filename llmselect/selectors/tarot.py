@@ -86,7 +86,7 @@ class Layers:
     """Layer i: the i-th nearest rows of all targets, those of earlier layers left out."""
 
     def __init__(self, lists: np.ndarray, n: int):
-        taken, self.new = np.zeros(n, bool), []
+        taken, self.new = np.zeros(n, bool), list[np.ndarray]()
         for column in lists.T:
             rows = np.unique(column[~taken[column]])
             taken[rows] = True

@@ -55,7 +55,7 @@ class TarotAuto(Selector):
         fold = np.argsort(np.argsort(named, kind="stable")) % min(self.folds, len(targets))
         search = _Search(x, targets, rng.keys)
         first: dict[int, int] = {}
-        curves = []
+        curves: list[dict[str, Any]] = []
         for f in range(fold.max() + 1):
             curve, best, chosen = self._fold(search, fold == f)
             curves.append({"curve": curve, "best": best})
@@ -71,7 +71,7 @@ class TarotAuto(Selector):
         """The curve, the best k (counted from 1), and the rows chosen up to it with the k of each."""
         chosen: dict[int, int] = {}
         cost, start = np.zeros((0, int((~choosers).sum()))), None
-        curve, best, value = [], 0, np.inf
+        curve, best, value = list[float](), 0, np.inf
         while not curve or len(curve) - best < self.patience:
             named = search.nearest(choosers, len(curve))
             if named is None:

@@ -15,6 +15,8 @@ Use: any score, an extractor's or your own; on `trim` it is TRIM.
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +68,7 @@ class TopK(Selector):
 
 
 def _centrality(column: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
+    import scipy.stats
 
-    return -np.abs(rankdata(column.astype(np.float64)) - (len(column) + 1) / 2)
+    stats: Any = scipy.stats
+    return -np.abs(stats.rankdata(column.astype(np.float64)) - (len(column) + 1) / 2)
