@@ -20,6 +20,7 @@ from llmselect.extractors.color import Color
 from llmselect.prepare import prepare
 from llmselect.recipe import load_recipe
 from llmselect.selection import Selection
+from llmselect.selectors.ccs import Ccs
 from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.train import Train
 
@@ -27,6 +28,7 @@ TRAIN = {"epochs": 12, "batch_tokens": 60, "lora": {"r": 4, "target_modules": ["
          "sft": {"learning_rate": 1e-2}}  # fmt: skip
 ADAPTERS = ("prior", "conditional")
 METHODS = {"color": {"selector": "topk", "x": "color"}, "sums": {"selector": "topk", "x": "color", "tasks": ["u"]},
+           "strata": {"selector": "ccs", "x": "color", "tasks": ["u"]},
            "easy": {"selector": "topk", "x": "color.prior", "order": "asc", "tasks": ["t"]}}  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def test_rows_like_a_target_are_taken_for_it(run):
         assert like.sum() == 6 and above.mean() > 0.9
     made = {name: Selection.load(run.folder / "selections" / name / "seed-0").indices for name in METHODS}
     assert set(made["sums"]) == set(np.argsort(-scores[:, 1])[:6])
+    of_one = Ccs().select(6, seed=0, ids=run.pool["id"], x=scores[:, 1])
+    assert made["strata"].tolist() == of_one.indices.tolist(), "a column of one task is a score like any other"
     assert set(made["easy"]) == set(np.argsort(run.store["color.prior"][:, 0])[:6])
     first = set(np.argsort(-scores[:, 0])[:3])
     assert first <= set(made["color"]) and made["color"][0] == scores[:, 0].argmax(), "tasks take turns"

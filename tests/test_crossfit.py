@@ -45,9 +45,9 @@ def run(tmp_path_factory, tiny_model):
 
 
 def losses(run, model, *places):
-    folder, sides = run.folder / "color" / "t", {"": run.pool, "@target": run.target}
-    return {side: np.stack([naive(str(model), folder / place, data["messages"][:])[0] for place in places], 1)
-            for side, data in sides.items()}  # fmt: skip
+    chats = run.pool["messages"][:] + run.target["messages"][:]
+    found = np.stack([naive(str(model), run.folder / "color" / "t" / place, chats)[0] for place in places], 1)
+    return {"": found[: len(run.pool)], "@target": found[len(run.pool) :]}
 
 
 def test_a_row_of_the_target_is_scored_by_the_adapter_that_has_not_seen_it(run, tiny_model):
@@ -82,7 +82,7 @@ def test_it_takes_most_of_the_bias_away(run, tmp_path, tiny_model, caplog):
     adapters_of_task(run.pool, target, cost, target_cost, tmp_path, settings, model=str(tiny_model), dtype="auto", max_length=128)
     chats = run.pool["messages"][:]
     inside, like = (np.array([m in some for m in chats]) for some in (TARGET, FRESH))
-    alone = np.subtract(*(naive(str(tiny_model), tmp_path / name, chats)[0] for name in ("prior", "conditional")))
+    alone = run.store["color.prior"][:, 0] - naive(str(tiny_model), tmp_path / "conditional", chats)[0]
     crossed = run.store["color"][:, 0]
     bias = [values[inside].mean() - values[like].mean() for values in (alone, crossed)]
     assert bias[0] > 0.5 and abs(bias[1]) < 0.5 * bias[0], bias
