@@ -60,13 +60,14 @@ class Contamination:
         self.grams.update({gram: first[gram] for gram, times in seen.items() if times < limit})
         return self
 
+    def matches(self, messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, str]]:
+        """The evaluation rows that a row shares its prompt or a run of words with, and what it shares; one entry for each."""
+        if (asked := prompt(messages)) and asked in self.prompts:
+            yield self.prompts[asked], f"same prompt as {self.prompts[asked]}"
+        for gram in ngrams(words(messages)):
+            if gram in self.grams:
+                yield self.grams[gram], f"shares {NGRAM} words with {self.grams[gram]}: {gram[:120]}"
+
     def find(self, messages: Sequence[dict[str, str]]) -> str | None:
         """Which evaluation row a pool row gives away, and how; None for a clean row."""
-        if (asked := prompt(messages)) and asked in self.prompts:
-            return f"same prompt as {self.prompts[asked]}"
-        tokens = words(messages)
-        if len(tokens) >= NGRAM:
-            for gram in ngrams(tokens):
-                if gram in self.grams:
-                    return f"shares 13 words with {self.grams[gram]}: {gram[:120]}"
-        return None
+        return next((how for _, how in self.matches(messages)), None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmselect import config
 from llmselect.clustering import Clustering
-from llmselect.color import ADAPTERS, ColorTraining
+from llmselect.color import ColorTraining, check_adapters, with_adapters
 from llmselect.errors import UsageError, nearest
 from llmselect.mixing import Limits
 from llmselect.plain import is_list, is_mapping
@@ -60,7 +60,7 @@ class Recipe:
     full: bool = field(default=True, metadata={"help": "also train on the whole pool, at the same token budget"})
     dedup: Dedup | None = field(default=None, metadata={"help": "semantic duplicates are never selected"})
     warmup: Warmup | None = None
-    color: ColorTraining | None = field(default=None, metadata={"help": "train two adapters for features of extractor color"})
+    color: ColorTraining | None = field(default=None, metadata={"help": "train adapters per task for features of kind color"})
     sae: SaeTraining | None = field(default=None, metadata={"help": "train an SAE on the pool for features with sae: trained"})
     refine: Refine | None = field(default=None, metadata={"help": "also select in rounds of training and scoring"})
     batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens per batch of a pass"})
@@ -83,9 +83,7 @@ class Recipe:
         made: Any = config.from_dict(cls, {**shared, **options}, where)
         if self.trains_sae(made):
             made = replace(made, sae=str(self.folder / "sae"))
-        if self.color:
-            own = {key: str(self.folder / "color" / key) for key in ADAPTERS if getattr(made, key, None) == "trained"}
-            made = replace(made, **own)
+        made = with_adapters(made, self)
         if getattr(made, "checkpoints", None) == "warmup" and warmup:
             made = replace(made, checkpoints=warmup)
         return replace(made, adapter=warmup) if made.adapter == "warmup" else made
@@ -154,8 +152,7 @@ class Recipe:
                     raise UsageError(f"features.{name}.{key}: 'warmup' needs a warmup: section")
             if getattr(made, "checkpoints", None) == "warmup" and self.warmup and not self.warmup.train.checkpoints:
                 raise UsageError("warmup.train.checkpoints: features with checkpoints: warmup need at least 1")
-            if "trained" in [getattr(made, key, None) for key in ADAPTERS]:
-                raise UsageError(f"features.{name}: adapters 'trained' need a color: section; or give folders")
+            check_adapters(made, self, name)
             if getattr(made, "sae", None) == "trained":
                 raise UsageError(f"features.{name}.sae: 'trained' needs a sae: section; or give a folder or a release")
         for name in self.methods:
@@ -266,6 +263,8 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def resolve(value: Any) -> Any:
         if is_list(value):
             return [resolve(one) for one in value]
+        if isinstance(value, Mapping):  # a folder for each task
+            return {k: resolve(one) for k, one in value.items()}
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 
     def within(part: Any, keys: Collection[str]) -> Any:

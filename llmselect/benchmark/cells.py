@@ -16,9 +16,10 @@ import numpy as np
 from llmselect import atomic, config
 from llmselect.benchmark import costs
 from llmselect.benchmark.claims import claim
-from llmselect.benchmark.grid import BASE, FULL, Cell, Plan, needs
+from llmselect.benchmark.grid import BASE, FULL, SECTIONS, Cell, Plan, needs
 from llmselect.benchmark.results import Result, load
 from llmselect.errors import LlmselectError
+from llmselect.recipe import Recipe
 from llmselect.stages import TOKENS, Run
 
 log = logging.getLogger("llmselect")
@@ -126,8 +127,8 @@ def extracted(plan: Plan, model: str, features: Collection[str]) -> float | None
 
 
 def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
-    """Pool, targets and `features` of a model, with the warm-up and SAE that they need, each feature by itself so that its
-    seconds are its own; `costs.json` has seconds and forward-equivalents by feature."""
+    """Pool, targets and `features` of a model, with what must be trained for them, each feature by itself so that its seconds
+    are its own; `costs.json` has seconds and forward-equivalents by feature."""
     from llmselect.prepare import prepare, semantic_duplicates
     from llmselect.stages import extract_stage
 
@@ -137,7 +138,7 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     known = _noted(file) if file.exists() else {"seconds": {}, "forwards": {}}
     extract_stage(Run(replace(run.recipe, features={})))
     timings = _noted(run.folder / "timings.json")
-    for section, count in (("warmup", costs.warmup_forwards), ("sae", costs.sae_forwards)):
+    for section, count in costs.TRAININGS.items():
         if section in timings and getattr(run.recipe, section) and f"{section}:" not in known["seconds"]:
             known["seconds"][f"{section}:"], known["forwards"][f"{section}:"] = timings[section], round(count(run), 4)
     for name, options in run.recipe.features.items():
@@ -145,7 +146,7 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
             stored = run.store.open(name) if name in run.store else None
             share = len(stored.missing()) / stored.shards if stored else 1.0
             start = time.monotonic()
-            extract_stage(Run(replace(run.recipe, features={name: options})))
+            extract_stage(Run(_with(run.recipe, {name: options})))
             # What a killed process had done is counted at the speed of the rest.
             known["seconds"][name] = round((time.monotonic() - start) / (share or 1.0), 3)
         known["forwards"][name] = round(costs.forwards(run, name), 4)
@@ -162,9 +163,13 @@ def _with_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     wanted = {name for name in (recipe.dedup.x, recipe.dedup.quality) if name} if recipe.dedup else set()
     wanted = {*features, *(name.partition(".")[0] for name in wanted), *Run(recipe).store.names()}
     kept = {name: options for name, options in recipe.features.items() if name in wanted}
-    needed = {section: any(needs(options, section) for options in kept.values()) for section in ("warmup", "sae")}
-    return Run(replace(recipe, features=kept, warmup=recipe.warmup if needed["warmup"] else None,
-                       sae=recipe.sae if needed["sae"] else None))  # fmt: skip
+    return Run(_with(recipe, kept))
+
+
+def _with(recipe: Recipe, features: dict[str, dict[str, Any]]) -> Recipe:
+    """A recipe with some features, and what must be trained for them only."""
+    unread: dict[str, Any] = {s: None for s in SECTIONS if not any(needs(one, s) for one in features.values())}
+    return replace(recipe, features=features, **unread)
 
 
 def one_arm(plan: Plan, cell: Cell) -> Run:
@@ -226,14 +231,19 @@ def _select(run: Run, arm: str, seed: int) -> float:
 
 
 def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
-    """Seconds and forward-equivalents of the features that a method reads, with the warm-up and SAE they need."""
+    """Seconds and forward-equivalents of the features that a method reads, with the warm-up, SAE or adapters they need.
+
+    Of what is made for each task by itself, the share of the cell's tasks.
+    """
     known = _noted(run.folder / COSTS)
     names = plan.reads(cell.method)
-    for section in ("warmup", "sae"):
+    for section in SECTIONS:
         names += [f"{section}:"] if any(needs(plan.grid.features[n], section) for n in names if n[-1] != ":") else []
     share = {name: run.array(name).computed / len(run.pool) for name in names if name[-1] != ":" and run.recipe.lazy(name)}
-    return (sum(known["seconds"].get(name, 0.0) for name in names),
-            sum(known["forwards"].get(name, 0.0) * share.get(name, 1.0) for name in names))  # fmt: skip
+    tasks = len(plan.grid.sets[cell.target]) / len(plan.grid.tasks)
+    own = {name: tasks if costs.per_task(run, name) else 1.0 for name in names}
+    return (sum(known["seconds"].get(name, 0.0) * own[name] for name in names),
+            sum(known["forwards"].get(name, 0.0) * own[name] * share.get(name, 1.0) for name in names))  # fmt: skip
 
 
 def _trained(run: Run, arm: str, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmselect import config
 from llmselect.clustering import Clustering
+from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
 from llmselect.recipe import Model, PoolSource, Recipe, TargetSource, Warmup, features_in
 from llmselect.sae.training import SaeTraining
@@ -23,6 +24,7 @@ BASE, FULL = "base", "full"
 BASELINES: dict[str, dict[str, Any]] = {name: {"selector": name} for name in ("random", "balanced", "random_matched")}
 EVERYTHING, NOTHING = "100%", "0%"
 _ALL = Budget(fraction=1.0)
+SECTIONS = ("warmup", "sae", "color")  # what is trained before features are extracted, where one needs it
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Grid:
     dedup: Dedup | None = None
     warmup: Warmup | None = None
     sae: SaeTraining | None = None
+    color: ColorTraining | None = None
     batch_tokens: int | None = None
     shard_rows: int = 1024
     keep: bool = field(default=False, metadata={"help": "keep the adapter of a finished cell"})
@@ -153,7 +156,8 @@ class Plan:
         plain = Recipe(
             name=f"{grid.name}-{model}", model=grid.models[model], pool=grid.pool, targets=grid.tasks, features=grid.features,
             seeds=list(grid.seeds), train=grid.train, full=False, dedup=grid.dedup, warmup=grid.warmup, sae=grid.sae,
-            batch_tokens=grid.batch_tokens, shard_rows=grid.shard_rows, out=str(self.folder / model), methods={},
+            color=grid.color, batch_tokens=grid.batch_tokens, shard_rows=grid.shard_rows, out=str(self.folder / model),
+            methods={},
         )  # fmt: skip
         for method, (options, budgets) in grid.arms().items():
             for target, tasks in grid.sets.items():
@@ -204,8 +208,8 @@ class Plan:
             used = {name: grid.features[name] for name in self.reads(cell.method)}
             made |= {"method": grid.arms()[cell.method][0], "budget": cell.budget, "features": used}
             made |= {"dedup": config.to_dict(grid.dedup)} if grid.dedup else {}
-            for section, value in (("warmup", grid.warmup), ("sae", grid.sae)):
-                if value and any(needs(options, section) for options in used.values()):
+            for section in SECTIONS:
+                if (value := getattr(grid, section)) and any(needs(options, section) for options in used.values()):
                     made[section] = config.to_dict(value)
         return self._portable(made)
 
@@ -224,10 +228,11 @@ class Plan:
 
 
 def needs(feature: Mapping[str, Any], section: str) -> bool:
-    """Whether a feature reads the `warmup` or the trained `sae` of the grid."""
+    """Whether a feature reads what a section of the grid trains: `warmup`, `sae`, `color`."""
     if section == "warmup":
         return "warmup" in (feature.get("adapter"), feature.get("checkpoints"))
-    return feature.get("extractor") == "sae" and feature.get("sae", "trained") == "trained"
+    reads = {"sae": ("sae",), "color": ADAPTERS}[section]
+    return feature.get("extractor") == section and "trained" in [feature.get(key, "trained") for key in reads]
 
 
 def label(budget: Any) -> str:

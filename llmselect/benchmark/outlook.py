@@ -52,8 +52,8 @@ def _measured(plan: Plan, first: Cell, left: set[Cell]) -> tuple[float, float]:
 
     recipe, arm = plan.recipe(first.model), next(plan.arm_of(c) for c in plan.cells() if c.method == "random")
     used = {name: one for name, one in recipe.features.items() if any(name in plan.reads(c.method) for c in left)}
-    sae = recipe.sae if any(needs(one, "sae") for one in used.values()) else None
-    found = estimate(replace(recipe, methods={arm: recipe.methods[arm]}, seeds=[0], features=used, sae=sae))
+    unread: dict[str, Any] = {s: None for s in ("sae", "color") if not any(needs(one, s) for one in used.values())}
+    found = estimate(replace(recipe, methods={arm: recipe.methods[arm]}, seeds=[0], features=used, **unread))
     trainings = len({(c.model, plan.arm_of(c), c.seed) for c in left if c.method != BASE})
     return 60 * found["train_minutes"] * trainings, 60 * found["extract_minutes"]
 

@@ -39,7 +39,8 @@ class Batch:
 
     `ids [B, T]`; `mask [B, T]` real tokens; `response [B, T]` supervised tokens; `content [B, T]`: 0 template or
     special, 1 prompt text, 2 response text; `cut [B, 2]` prompt and response tokens lost to the length limit. `view` is
-    the sequence the rows were made from (`row` or `response`), `side` whose rows they are (`pool` or `target`).
+    the sequence the rows were made from (`row` or `response`), `side` whose rows they are (`pool` or `target`), `names` their
+    ids in a pass over a dataset.
     """
 
     backbone: Backbone
@@ -50,6 +51,7 @@ class Batch:
     cut: torch.Tensor
     view: str = "row"
     side: str = "pool"
+    names: Sequence[str] = ()
     layers: tuple[int, ...] = (-1,)
     _kept: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor], repr=False)
 

@@ -89,7 +89,7 @@ class Pass:
 
             def step(rows: np.ndarray, encoded=encoded, view=view, active=active) -> dict[str, dict]:
                 batch = collate(self.backbone, [encoded[i] for i in rows], self.layers(view), view, self.padding_side)
-                return self._rows(replace(batch, side=self.side), active)
+                return self._rows(replace(batch, side=self.side, names=[ids[i] for i in rows]), active)
 
             filled = np.array([i for i, row in enumerate(encoded) if len(row.ids)], np.int64)
             for batch in plan([len(encoded[i].ids) for i in filled], self.batch_tokens):

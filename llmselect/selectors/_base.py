@@ -148,6 +148,9 @@ class Selector:
             elif name != "x" and not hasattr(value, "lazy"):  # only the features may be too large to hold
                 held = value[:]
                 kept[name] = held.toarray() if hasattr(held, "toarray") else np.asarray(held)
+        for name, axes in (("x", self.x_ndim), ("quality", self.quality_ndim)):
+            if name in kept and kept[name].shape[1:] == (1,) and 2 not in axes and not hasattr(kept[name], "lazy"):
+                kept[name] = np.asarray(kept[name][:])[:, 0]  # the scores of one task
         x, target, quality = kept.get("x"), kept.get("target"), kept.get("quality")
         if quality is not None and len(quality.shape) not in self.quality_ndim:
             allowed = " or ".join(map(str, self.quality_ndim))
