@@ -12,6 +12,7 @@ from llmselect import config
 from llmselect.clustering import Clustering
 from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
+from llmselect.memory import check_memory
 from llmselect.mixing import Limits
 from llmselect.refine_steps import Refine
 from llmselect.refine_steps import check as check_refine
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
-_PATHS = {"model": ("path",), "pool": ("path",), "refine": ("judge",)}
+_PATHS = {"model": ("path",), "pool": ("path", "memory"), "refine": ("judge",)}
 _FEATURE_PATHS = ("model", "adapter", "checkpoints", "sae", "prior", "conditional", "files")
 _METHOD_KEYS = ("budget", "limits", "groups", "tasks")  # of any method
 
@@ -188,6 +189,8 @@ class Recipe:
         from llmselect.readers import check_source
 
         check_source(self.pool.path, "pool.path")
+        if self.pool.memory is not None:
+            check_memory(self.pool.memory)
         for name, source in self.targets.items():
             for key in ("dev", "test"):
                 if (path := getattr(source, key)) is not None:

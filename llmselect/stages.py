@@ -33,6 +33,7 @@ from llmselect.array_views import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.memory import REMEMBERED, of_memory, seed_of
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside, shared_strings
 from llmselect.recipe import Recipe, features_in
@@ -236,7 +237,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     start = time.monotonic()
     inputs = {
-        "seed": seed,
+        "seed": seed_of(run, seed),
         "ids": run.store.open(TOKENS).ids,
         "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
         "exclude": dropped,
@@ -253,7 +254,11 @@ def _select(run: Run, method: str, seed: int) -> None:
             made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
-    evidence = {**(tasks.evidence(made.evidence, selector.name) if tasks else made.evidence), **_top_tokens(run, reads, made)}
+    several = len(features_in(reads.get("x", "")))
+    evidence = dict(tasks.evidence(made.evidence, selector.name, several) if tasks else made.evidence)
+    evidence |= _top_tokens(run, reads, made)
+    if (old := of_memory(run)) is not None:
+        evidence[REMEMBERED] = old[made.indices]
     seconds, provenance = round(time.monotonic() - start, 3), {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return

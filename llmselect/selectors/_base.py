@@ -149,6 +149,8 @@ class Selector:
                 held = value[:]
                 kept[name] = held.toarray() if hasattr(held, "toarray") else np.asarray(held)
         x, target, quality = kept.get("x"), kept.get("target"), kept.get("quality")
+        if quality is not None and len(quality.shape) == 2 and quality.shape[1] == 1 and 2 not in self.quality_ndim:
+            kept["quality"] = quality = quality[:, 0]  # e.g. a norm at the one checkpoint
         if quality is not None and len(quality.shape) not in self.quality_ndim:
             allowed = " or ".join(map(str, self.quality_ndim))
             raise UsageError(f"quality has shape {tuple(quality.shape)}; '{self.name}' reads {allowed} axes")
