@@ -41,7 +41,8 @@ def remembered(place: str) -> Iterator[dict[str, Any]]:
     data = open_rows(account.intact(_run(folder), "pool/pool.arrow"))
     usable = np.load(account.intact(_run(folder), "pool/usable.npy"), allow_pickle=False)
     licence = (account.read(_run(folder)).get("dataset") or {}).get("licence") or NOT_STATED  # not that of the new pool
-    for row in Selection.load(folder).to_dataset(data.select(usable)):
+    rows: Any = Selection.load(folder).to_dataset(data.select(usable))
+    for row in rows:
         yield {**row, "license": row.get("license") or licence}
 
 

@@ -255,10 +255,8 @@ def _select(run: Run, method: str, seed: int) -> None:
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
     several = len(features_in(reads.get("x", "")))
-    evidence = dict(tasks.evidence(made.evidence, selector.name, several) if tasks else made.evidence)
-    evidence |= _top_tokens(run, reads, made)
-    if (old := of_memory(run)) is not None:
-        evidence[REMEMBERED] = old[made.indices]
+    evidence = tasks.evidence(made.evidence, selector.name, several) if tasks else made.evidence
+    evidence = {**evidence, **_more_evidence(run, reads, made)}
     seconds, provenance = round(time.monotonic() - start, 3), {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return
@@ -286,9 +284,11 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
     return found
 
 
-def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
-    """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
-    found = {}
+def _more_evidence(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
+    """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only; and whether it is of
+    the memory, where there is one."""
+    old = of_memory(run)
+    found = {} if old is None else {REMEMBERED: old[made.indices]}
     for name in (one for read in reads.values() for one in features_in(read)):
         feature = name.partition(".")[0]
         if run.recipe.lazy(feature):

@@ -130,8 +130,9 @@ def test_memberships_are_shares_of_the_nearest_centroids():
         total = sum(math.exp(5 * cosine[j]) for j in near)
         expected = [math.exp(5 * cosine[j]) / total if j in near else 0.0 for j in range(4)]
         np.testing.assert_allclose(held, expected, atol=1e-5)
-    picked = Mig(tau=None).select(4, x=memberships(x, 4, ids=ids), quality=np.ones(120)).indices
-    assert sorted(x[picked].argmax(1)) == [0, 1, 2, 3]  # as tags, the four clusters are covered
+    tags = memberships(x, 4, ids=ids)
+    picked = Mig(tau=None).select(4, x=tags, quality=np.ones(120)).indices
+    assert sorted(tags.toarray()[picked].argmax(1)) == [0, 1, 2, 3]  # as tags, the four clusters are covered
     with pytest.raises(UsageError, match="top: 5"):
         memberships(x, 4, top=5)
 
