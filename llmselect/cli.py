@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,13 @@ from llmselect import (
 from llmselect.cli_complete import Json, Overrides, RecipePath, RunFolder, RunFolders
 from llmselect.cli_help import MODELS, RESULTS, RUN, Commands, examples
 from llmselect.errors import LlmselectError, of_the_machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmselect.stages import Run
+
+    Step = Callable[[Run], Any]
 
 app = typer.Typer(
     # No rich: without it help is there in less than half the time, and its command lines can be copied.
@@ -94,9 +101,10 @@ def _run(plan: Any, last: str, as_json: bool) -> None:
     from llmselect import comparison, prepare, refine_stage, stages
 
     run = stages.Run(plan)
-    fits = lambda run: prepare.check_budgets(run.recipe, len(run.pool))  # noqa: E731
-    order = {"extract": (prepare.prepare, fits, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
-             "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
+    fits: Step = lambda run: prepare.check_budgets(run.recipe, len(run.pool))  # noqa: E731
+    order: dict[str, tuple[Step, ...]] = {
+        "extract": (prepare.prepare, fits, stages.extract_stage), "select": (stages.select_stage, refine_stage.refine_stage),
+        "train": (comparison.train_stage,), "evaluate": (comparison.evaluate_stage,)}  # fmt: skip
     table = None
     for name, steps in order.items():
         for step in steps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from llmselect import atomic, config
 from llmselect.array_views import Subset
 from llmselect.arrays import fold_ids
 from llmselect.errors import UsageError
+from llmselect.kernels.cosine import unit
 from llmselect.kernels.keyed import Keyed, keys_of
 from llmselect.kernels.kmeans import kmeans
 from llmselect.kernels.rows import Rows
@@ -54,6 +57,33 @@ def clusters_of(x: Any, wanted: Clustering, ids: Any = None) -> np.ndarray:
     held = Rows(Subset(x, rows) if len(lost) else x, normalize=wanted.normalize)
     label[rows] = kmeans(held, min(wanted.clusters, len(rows)), Keyed(wanted.seed, keys[rows])).label
     return label
+
+
+def memberships(x: Any, clusters: int, *, top: int = 4, sharpness: float = 20.0, seed: int = 0, ids: Any = None) -> Any:
+    """How far each row of `x [n, d]` belongs to k-means clusters by direction: tags for `mig` and `instag` where there are none.
+
+    m_ij = exp(s·cos(x_i, c_j)) / Σ_l exp(s·cos(x_i, c_l)) over the `top` nearest centroids, 0 for others; s the `sharpness`.
+
+    Returns `scipy.sparse.csr_array [n, clusters]` float32 whose rows sum to 1. Errors: `UsageError` for impossible settings;
+    `LlmselectError` naming rows that are not finite.
+    """
+    from scipy.sparse import csr_array
+
+    if not 1 <= top <= clusters or not sharpness > 0:
+        raise UsageError(f"top: {top} must be from 1 to clusters: {clusters}, and sharpness: {sharpness} above 0")
+    rows = Rows(x)
+    keys = keys_of(getattr(x, "ids", None) if ids is None else ids, len(rows))
+    centroids = unit(np.asarray(kmeans(rows, clusters, Keyed(seed, keys)).centroids, np.float64))
+    near, value = np.empty((len(rows), top), np.int64), np.empty((len(rows), top), np.float32)
+    for start, part in rows.blocks():
+        cosine = part @ centroids.T
+        best = np.argsort(-cosine, axis=1, kind="stable")[:, :top]
+        weight = np.exp(sharpness * (np.take_along_axis(cosine, best, 1) - cosine.max(1, keepdims=True)))
+        here = slice(start, start + len(part))
+        near[here], value[here] = best, weight / weight.sum(1, keepdims=True)
+    made = csr_array((value.ravel(), near.ravel(), np.arange(len(rows) + 1) * top), shape=(len(rows), clusters))
+    made.sort_indices()
+    return made
 
 
 def stored_clusters(x: Any, wanted: Clustering, folder: Path, spec: Mapping[str, Any]) -> np.ndarray:

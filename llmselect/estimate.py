@@ -14,7 +14,7 @@ import numpy as np
 from llmselect.engine.progress import duration
 from llmselect.prepare import check_budgets, prepare
 from llmselect.recipe import Recipe
-from llmselect.selection import Budget
+from llmselect.selection import Budget, Selection
 from llmselect.stages import Run
 
 SAMPLE = 512  # pool rows read and passed to measure speed
@@ -28,11 +28,12 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     Nothing is written to the run folder.
     """
     with tempfile.TemporaryDirectory(prefix="llmselect-dry-run-") as scratch:
-        total = count_rows(recipe)
-        sample = replace(recipe, out=scratch, pool=replace(recipe.pool, limit=min(total, SAMPLE)))
+        new = count_rows(recipe)
+        total = new + (len(Selection.load(recipe.pool.memory)) if recipe.pool.memory else 0)
+        sample = replace(recipe, out=scratch, pool=replace(recipe.pool, limit=min(new, SAMPLE), memory=None))
         run = Run(sample)
         prepare(run)
-        share = len(run.pool) / min(total, SAMPLE)
+        share = len(run.pool) / min(new, SAMPLE)
         rows = int(total * share)
         check_budgets(recipe, rows)
         costly = _costly(run)
@@ -56,12 +57,12 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "trainings": trainings,
         "tokens_per_training": trained,
         "train_minutes": round(step * trained / max(1.0, tokens_per_row) * trainings / 60, 2),
-        "note": f"speed measured on {min(total, SAMPLE)} rows here; training taken as 3 × the cost of a forward pass",
+        "note": f"speed measured on {min(new, SAMPLE)} rows here; training taken as 3 × the cost of a forward pass",
     }
 
 
 def count_rows(recipe: Recipe) -> int:
-    """Rows of the pool: counted without building them."""
+    """Rows of the pool without its memory: counted without building them."""
     from llmselect.readers import read
 
     limit, count = recipe.pool.limit or float("inf"), 0

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class PoolReport:
     invalid: int = 0
     duplicates: int = 0
     contaminated: int = 0
+    remembered: int = 0  # of those kept, rows of a memory
     reasons: Counter[str] = field(default_factory=Counter[str])
     quarantine: Path | None = None
     examples: list[str] = field(default_factory=list[str])
@@ -66,7 +68,8 @@ class PoolReport:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "reasons": dict(self.reasons), "quarantine": self.quarantine and self.quarantine.name}
+        told = {**asdict(self), "reasons": dict(self.reasons), "quarantine": self.quarantine and self.quarantine.name}
+        return {key: value for key, value in told.items() if (key, value) != ("remembered", 0)}
 
 
 @dataclass
@@ -109,7 +112,7 @@ class _Quarantine:
 def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: str | None = None, split: str = "train",
               subset: str | None = None, source_name: str | None = None, limit: int | None = None, max_invalid: float = 0.001,
               max_row_bytes: int = 1_000_000, workdir: Path | str | None = None, against: Iterable[Dataset] = (),
-              quarantine: Path | str | None = None) -> tuple[Dataset, PoolReport]:  # fmt: skip
+              quarantine: Path | str | None = None, memory: Iterable[Any] = ()) -> tuple[Dataset, PoolReport]:  # fmt: skip
     """`load_pool`, with the account of every row."""
     check_columns(columns)
     folder = Path(workdir) if workdir else _temporary()
@@ -119,8 +122,10 @@ def read_pool(source: Any, *, columns: Mapping[str, str] | None = None, group: s
     contamination = Contamination()
     for data in against:
         contamination.add(data)
+    earlier = (("memory", (f"memory[{i}]", row)) for i, row in enumerate(memory))
+    old = _accepted(earlier, None, None, None, max_row_bytes, report, rejects)
     rows = _accepted(read(source, split, max_row_bytes, subset), columns, source_name, limit, max_row_bytes, report, rejects)
-    clean = _distinct(rows, contamination, report, rejects)
+    clean = _distinct(old, rows, contamination, report, rejects)
     try:
         file = _write(folder / "pool.arrow", clean, group, report)
         rejects.close()
@@ -181,6 +186,8 @@ def load_pool(source: Any, **options: Any) -> Dataset:
             but for rejected rows.
         against: evaluation sets; rows that share text with them are dropped.
         quarantine: the file of rejected rows, each with its reason and origin.
+        memory: rows of an earlier pool, which come first and do not count for `limit`; a new row that is one of them is a
+            duplicate. Select with another seed then: a row that its draw brought in once would come in by it again.
 
     Errors: `UsageError` for a source that is not there; `LlmselectError` above `max_invalid`.
     """
@@ -190,8 +197,9 @@ def load_pool(source: Any, **options: Any) -> Dataset:
 def _accepted(raws: Iterable[tuple[str, Raw]], columns: Mapping[str, str] | None, source_name: str | None,
               limit: int | None, max_row_bytes: int, report: PoolReport, rejects: _Quarantine) -> Iterator[Row]:  # fmt: skip
     """Valid rows as (origin, source, licence, messages)."""
+    before = report.read
     for stem, (origin, row) in raws:
-        if limit is not None and report.read >= limit:
+        if limit is not None and report.read - before >= limit:
             return
         report.read += 1
         try:
@@ -215,10 +223,10 @@ def _sound(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[Row]:
-    """Rows seen for the first time and clean of evaluation text, as (id, source, licence, messages)."""
+def _distinct(old: Any, rows: Any, contamination: Contamination, report: PoolReport, rejects: _Quarantine) -> Iterator[Row]:
+    """Rows seen for the first time and clean of evaluation text, as (id, source, licence, messages), the old ones first."""
     seen = Seen()
-    for origin, source, licence, messages in rows:
+    for is_old, (origin, source, licence, messages) in chain(((True, r) for r in old), ((False, r) for r in rows)):
         row_id = content_id(messages)
         digest = bytes.fromhex(row_id)
         excerpt = messages[-1]["content"]
@@ -231,6 +239,7 @@ def _distinct(rows: Any, contamination: Contamination, report: PoolReport, rejec
             rejects.add("contaminated", "contaminated", found, origin, row_id, excerpt)
             continue
         report.kept += 1
+        report.remembered += is_old
         yield row_id, source, licence, messages
 
 

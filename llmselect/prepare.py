@@ -16,6 +16,7 @@ from llmselect.array_views import Subset
 from llmselect.arrays import fold_ids
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.hub.origin import noted
+from llmselect.memory import of_memory, remembered
 from llmselect.readers import contents
 from llmselect.selection import Budget
 from llmselect.sources import PoolSource, identity
@@ -51,7 +52,8 @@ def check_budgets(recipe: Recipe, rows: int) -> None:
 
 def _prepare(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
-    places = [recipe.pool.path, *(p for t in recipe.targets.values() for p in (t.dev, t.test) if p)]
+    given = [recipe.pool.path, recipe.pool.memory, *(p for t in recipe.targets.values() for p in (t.dev, t.test))]
+    places = [place for place in given if place]
     done, seen = folder / account.NAME, folder / FILES
     known = atomic.read_sealed(seen, f"delete {seen} and run again") if seen.exists() else {}
     if (files := contents(places, known)) != known:
@@ -101,6 +103,7 @@ def _read_rows(run: Run) -> dict[str, Any]:
         source.path, columns=source.columns, split=source.split, subset=source.subset, limit=source.limit,
         max_invalid=source.max_invalid, max_row_bytes=source.max_row_bytes, workdir=run.folder / "pool",
         against=evaluation if source.decontaminate else (), quarantine=run.folder / "quarantine.jsonl",
+        memory=remembered(source.memory) if source.memory else (),
     )  # fmt: skip
     return {name: report.plain() for name, report in reports.items()}
 
@@ -180,10 +183,10 @@ def semantic_duplicates(run: Run) -> np.ndarray | None:
         return pq.read_table(file)["index"].to_numpy()
     good = np.delete(np.arange(len(x)), x.non_finite)
     asked = recipe.dedup
-    quality = None if asked.quality is None else run.store[asked.quality][good]
+    quality, old = None if asked.quality is None else run.store[asked.quality][good], of_memory(run)
     with run.timed("dedup"):
         found = semdedup.semantic_duplicates(Subset(x, good), asked.threshold, clusters=asked.clusters, quality=quality,
-                                             ids=fold_ids(x.ids.raw)[good])  # fmt: skip
+                                             ids=fold_ids(x.ids.raw)[good], first=None if old is None else old[good])  # fmt: skip
     dropped, nearest = good[found.dropped], good[found.nearest]
     table = pa.table({"index": dropped, "id": x.ids[dropped], "nearest": nearest, "nearest_id": x.ids[nearest],
                       "cosine": found.cosine})  # fmt: skip

@@ -12,6 +12,7 @@ from llmselect import config
 from llmselect.clustering import Clustering
 from llmselect.color import ColorTraining, check_adapters, with_adapters
 from llmselect.errors import UsageError, nearest
+from llmselect.memory import check_memory
 from llmselect.mixing import Limits
 from llmselect.plain import is_list, is_mapping
 from llmselect.refine_steps import Refine
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 _INPUT_KEYS = ("x", "quality")  # inputs that a recipe names; the others follow from pool and targets
-_PATHS = {"model": ("path",), "pool": ("path",), "refine": ("judge",)}
+_PATHS = {"model": ("path",), "pool": ("path", "memory"), "refine": ("judge",)}
 _FEATURE_PATHS = ("model", "adapter", "checkpoints", "sae", "prior", "conditional", "files")
 _METHOD_KEYS = ("budget", "limits", "groups", "tasks")  # of any method
 
@@ -186,6 +187,8 @@ class Recipe:
         from llmselect.readers import check_source
 
         check_source(self.pool.path, "pool.path")
+        if self.pool.memory is not None:
+            check_memory(self.pool.memory)
         for name, source in self.targets.items():
             for key in ("dev", "test"):
                 if (path := getattr(source, key)) is not None:
@@ -263,7 +266,7 @@ def _absolute(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def resolve(value: Any) -> Any:
         if is_list(value):
             return [resolve(one) for one in value]
-        if isinstance(value, Mapping):  # a folder for each task
+        if is_mapping(value):  # a folder for each task
             return {k: resolve(one) for k, one in value.items()}
         return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 

@@ -52,7 +52,7 @@ class Duplicates:
 
 
 def semantic_duplicates(x: Any, threshold: float = 0.95, *, clusters: int | None = None, quality: Any = None,
-                        seed: int = 0, ids: Any = None) -> Duplicates:  # fmt: skip
+                        seed: int = 0, ids: Any = None, first: np.ndarray | None = None) -> Duplicates:  # fmt: skip
     """Rows of `x [n, d]` with a cosine above `threshold` to a row that stays.
 
     Rows are compared inside k-means clusters only, in blocks: O(n²/clusters · d) time, no n × n matrix. Within a cluster
@@ -62,6 +62,7 @@ def semantic_duplicates(x: Any, threshold: float = 0.95, *, clusters: int | None
     Args:
         clusters: None takes one per 1,000 rows.
         quality: `[n]`, of near rows the higher one stays; None: at random, by seed and row id.
+        first: `[n]`, whether a row goes before all others, e.g. one of an earlier pool: those fall only to one another.
 
     Errors: `UsageError` for a threshold outside (0, 1).
     """
@@ -71,7 +72,10 @@ def semantic_duplicates(x: Any, threshold: float = 0.95, *, clusters: int | None
     rng = Keyed(seed, keys_of(ids if ids is not None else getattr(x, "ids", None), len(rows)))
     rank = np.empty(len(rows), np.int64)
     worth = rng.uniform("semdedup") if quality is None else np.asarray(quality[:], np.float64)
-    rank[topk_stable(worth, len(rows), rng.keys)] = np.arange(len(rows))
+    order = topk_stable(worth, len(rows), rng.keys)
+    if first is not None:
+        order = order[np.argsort(~first[order], kind="stable")]
+    rank[order] = np.arange(len(rows))
     label = kmeans(rows, clusters or max(1, len(rows) // 1000), rng).label
     parts = [_cluster(rows, np.flatnonzero(label == c), rank, threshold) for c in np.unique(label)]
     dropped, nearest, cosine = (np.concatenate(one) for one in zip(*parts, strict=True))

@@ -33,6 +33,7 @@ class PoolSource:
     overlong: Literal["reject", "truncate"] = field(
         default="reject", metadata={"help": "rows whose responses do not fit into max_length"}
     )
+    memory: str | None = field(default=None, metadata={"help": "an earlier run's selection, whose rows join the pool"})
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class TargetSource:
     test_limit: int | None = None
 
 
+_NEWER = (("subset", None), ("memory", None))
+
+
 def identity(source: PoolSource | TargetSource) -> dict[str, Any]:
     """The settings that decide which rows a source gives.
 
-    `subset` and the splits of targets are left out where they are not read, so that runs made before there were any count.
+    `subset`, `memory` and the splits of targets are left out where they are not read, so that runs made before there were
+    any count.
     """
     places = [source.path] if isinstance(source, PoolSource) else [source.dev, *([source.test] if source.test else [])]
     local = all(Path(place).expanduser().exists() or means_file(place) for place in places)
     unread: set[str] = {"dev_split", "test_split", "subset"} if local else set()
-    return {key: value for key, value in asdict(source).items() if key not in unread and (key, value) != ("subset", None)}
+    return {key: value for key, value in asdict(source).items() if key not in unread and (key, value) not in _NEWER}

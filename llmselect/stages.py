@@ -35,6 +35,7 @@ from llmselect.array_views import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.memory import REMEMBERED, of_memory, seed_of
 from llmselect.mixing import select_within
 from llmselect.prepare import semantic_duplicates, set_aside, shared_strings
 from llmselect.recipe import Recipe, features_in
@@ -238,8 +239,7 @@ def _select(run: Run, method: str, seed: int) -> None:
         return
     start = time.monotonic()
     inputs: dict[str, Any] = {
-        "seed": seed,
-        "ids": run.store.open(TOKENS).ids,
+        "seed": seed_of(run, seed), "ids": run.store.open(TOKENS).ids,
         "cost": np.asarray(run.store[f"{TOKENS}.supervised"]),
         "exclude": dropped,
         **_inputs(run, type(selector), reads, arrays, tasks),
@@ -256,7 +256,9 @@ def _select(run: Run, method: str, seed: int) -> None:
             made = select_within(selector, run.recipe.budget_of(method), limits, **inputs)
     except UsageError as error:
         raise UsageError(f"methods.{method}: {error}") from error
-    evidence = {**(tasks.evidence(made.evidence, selector.name) if tasks else made.evidence), **_top_tokens(run, reads, made)}
+    several = len(features_in(reads.get("x", "")))
+    evidence = tasks.evidence(made.evidence, selector.name, several) if tasks else made.evidence
+    evidence = {**evidence, **_more_evidence(run, reads, made)}
     seconds, provenance = round(time.monotonic() - start, 3), {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return
@@ -285,9 +287,10 @@ def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str
     return found
 
 
-def _top_tokens(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
-    """Why each row was picked, where the feature tells: arrays named `top_…`, for the selected rows only."""
-    found: dict[str, np.ndarray] = {}
+def _more_evidence(run: Run, reads: Mapping[str, Any], made: Selection) -> dict[str, np.ndarray]:
+    """Why each row was picked, where a feature tells: arrays `top_…` of the selected rows; and whether it is of a memory."""
+    old = of_memory(run)
+    found: dict[str, np.ndarray] = {} if old is None else {REMEMBERED: old[made.indices]}
     for name in (one for read in reads.values() for one in features_in(read)):
         feature = name.partition(".")[0]
         if run.recipe.lazy(feature):

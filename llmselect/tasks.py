@@ -35,13 +35,16 @@ class Tasks:
         """A `[m, …]` array of the target rows with these rows only."""
         return values[self.rows]
 
-    def evidence(self, found: Mapping[str, np.ndarray], selector: str) -> dict[str, np.ndarray]:
-        """Evidence with target rows and groups numbered as in the run. Quotas number within a group, which stays whole."""
+    def evidence(self, found: Mapping[str, np.ndarray], selector: str, features: int = 1) -> dict[str, np.ndarray]:
+        """Evidence with target rows and groups numbered as in the run. Quotas number within a group, which stays whole; the
+        columns of several `features` side by side have no numbers in a run."""
         out = dict(found)
         if "quota" not in out:
             # `topk` counts columns of a feature; selectors that read targets count the sorted names of their groups.
             groups = self.columns if selector == "topk" else self.ordered
             places = {"nearest": self.rows, "query": self.rows, "group": groups}
+            if selector == "topk" and features > 1:
+                del places["group"]
             out |= {name: to[out[name]] for name, to in places.items() if name in out and out[name].dtype.kind in "iu"}
         return out
 

@@ -86,6 +86,8 @@ def test_mistakes_are_named():
             AdaptInf(**wrong)
     with pytest.raises(UsageError, match=r"quality has shape \(120, 3\); 'car' reads 1 axes"):
         Car().select(5, quality=scores, groups=np.zeros(120))
+    one = Car().select(5, quality=scores[:, :1], groups=np.zeros(120))  # one column, e.g. a norm at one checkpoint, is one score
+    assert one.indices.tolist() == Car().select(5, quality=scores[:, 0], groups=np.zeros(120)).indices.tolist()
     scores[7, 1] = np.nan
     with pytest.raises(LlmselectError, match=r"\[7\]"):
         AdaptInf().select(5, x=x, quality=scores)

@@ -48,6 +48,15 @@ def test_the_hardest_go_and_every_stratum_has_its_waterfill_share(seed, n, bins,
         assert sorted(shares) == sorted(waterfill(len(inside), sizes).tolist())
 
 
+def test_of_scores_at_several_checkpoints_the_mean_counts():
+    x = np.random.default_rng(3).standard_normal((50, 4)).astype(np.float32)
+    several, mean = Ccs().select(20, x=x), Ccs().select(20, x=[sum(map(float, row)) / 4 for row in x])
+    assert several.indices.tolist() == mean.indices.tolist()
+    np.testing.assert_allclose(several.evidence["score"], [sum(map(float, x[i])) / 4 for i in several.indices])
+    one = Ccs().select(20, x=x[:, :1])
+    assert one.indices.tolist() == Ccs().select(20, x=x[:, 0]).indices.tolist() != several.indices.tolist()
+
+
 def test_rows_of_a_stratum_are_equally_likely():
     x = np.concatenate([np.zeros(3), np.ones(9)])
     picks = np.concatenate([Ccs(beta=0, bins=2).select(4, seed=s, x=x).indices for s in range(6000)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -136,10 +137,62 @@ def test_published_form_draws_by_weight_and_leaves_short_rows_to_the_end():
     assert made.indices.tolist() == expected
 
 
+MASK = 2**64 - 1
+
+
+def drawn(seed: int, row: int) -> float:
+    """The uniform number of a row, in integers of Python's."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+        return x ^ x >> 31
+
+    stream = int.from_bytes(hashlib.blake2b(f"{seed}/gumbel".encode(), digest_size=8).digest(), "big")
+    return ((mix(mix(row + 0x9E3779B97F4A7C15 & MASK) ^ stream) >> 12) + 0.5) * 2.0**-52
+
+
+def published(texts: list[str], target: list[str], seed: int, buckets: int) -> tuple[list[float], list[int]]:
+    """DSIR from text to order as its paper and package have it: log w of every row, the rows of 100 words or more as drawn."""
+    split = lambda text: re.findall(r"\w+|[^\w\s]+", text.lower())  # noqa: E731 - NLTK's wordpunct_tokenize
+    hashed = lambda gram: int(hashlib.sha256(gram.encode()).hexdigest(), 16) % buckets  # noqa: E731
+    grams = lambda words: [hashed(g) for g in [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]]  # noqa: E731
+    rows, wanted = [grams(split(text)) for text in texts], [b for text in target for b in grams(split(text))]
+    every = [b for row in rows for b in row]
+    log = lambda b, seen: math.log(seen.count(b) / len(seen) + 1e-8)  # noqa: E731
+    ratio = {b: log(b, wanted) - log(b, every) for b in set(every)}
+    weights = [sum(ratio[b] for b in row) for row in rows]
+    noisy = {i: w - math.log(-math.log(drawn(seed, i))) for i, w in enumerate(weights) if len(split(texts[i])) >= 100}
+    return weights, sorted(noisy, key=lambda i: -noisy[i])
+
+
+SOLVE = "Solve 3x + 4 = 19: don't GUESS, subtract 4... then divide by 3 (x = 5)! "  # 24 words
+STORY = "The naïve fox_1 said 'Größe'; THEN it ran home, and the 2nd fox didn't follow. "  # 21 words
+
+
+@pytest.mark.parametrize("buckets", [10_000, 37])  # 37: n-grams share buckets
+def test_parity_is_the_published_formula_from_text_to_order(buckets):
+    texts = [5 * SOLVE, 5 * STORY, 2 * SOLVE + 3 * STORY, "word " * 100, "word " * 99, 3 * SOLVE, 25 * "w! " + 4 * STORY]
+    texts += [texts[0].upper(), texts[0] + "solve"]  # as heavy, and nearly: noise decides which comes first
+    assert [len(words(text)) for text in texts] == [120, 105, 111, 100, 99, 72, 134, 120, 121]
+    target = ["Solve 7x = 21: divide by 7 (x = 3)!", "Don't guess; solve."]
+    chats = lambda rows: [[{"role": "user", "content": text}] for text in rows]  # noqa: E731
+    feature = Ngram(model="m", buckets=buckets)
+    x, wanted = (feature.texts(chats(rows))["value"].scipy() for rows in (texts, target))
+    orders = set()
+    for seed in range(25):
+        weights, order = published(texts, target, seed, buckets)
+        made = Dsir(parity=True).select(7, x=x, target=wanted.toarray(), seed=seed)
+        np.testing.assert_allclose(made.scores, weights, rtol=1e-9)
+        assert made.indices.tolist() == order
+        orders.add(tuple(order))
+    assert len(orders) > 1
+
+
 def test_length_counts_in_the_published_form_only():
     x, target = counts(5), counts(6, 3)
     x[1] = 3 * x[0]
-    free, published = (Dsir(parity=p).select(5, x=x, target=target).scores for p in (False, True))
+    free, published = (Dsir(parity=p).select(6, x=x, target=target).scores for p in (False, True))
     assert free[1] == pytest.approx(free[0])
     assert published[1] == pytest.approx(3 * published[0])
 

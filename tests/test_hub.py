@@ -50,7 +50,7 @@ def test_a_lost_answer_makes_no_second_commit_or_pull_request(hub_run, server):
 def test_a_push_that_fails_halfway_is_completed_by_the_next(hub_run, server):
     server.faults = [Fault("^PUT /store/", 10_000, 403, skip=2)]
     # files go up side by side, so which of them is refused first is left to chance
-    with pytest.raises(LlmselectError, match=r"'(data/\S+\.parquet|scores\.parquet|source-mix\.png)'.*403.*same command to continue"):
+    with pytest.raises(LlmselectError, match=r"'(data/\S+|scores|source-mix)\.\w+'.*403.*same command to continue"):
         hub.push_run(hub_run.folder, "me/subset")
     kept, before = set(server.stored), len(server.seen)
     server.faults = [Fault("/commit/", 10_000, 500)]

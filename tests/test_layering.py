@@ -22,6 +22,7 @@ LEVELS = (
     {
         "account",
         "stages",
+        "memory",
         "mixing",
         "semdedup",
         "clustering",

@@ -21,6 +21,7 @@ from llmselect.tasks import aimed, tasks_of
 METHODS = {
     "trim": {"selector": "topk", "x": "trim"},
     "mean": {"selector": "topk", "x": "trim", "reduce": "mean"},
+    "turns": {"selector": "topk", "x": ["trim", "loss.nll"]},
     "rds": {"selector": "similarity", "x": "rds"},
     "groups": {"selector": "similarity", "x": "rds", "combine": "mean"},
     "dsir": {"selector": "dsir", "x": "ngram"},
@@ -43,6 +44,7 @@ def run_of(folder, model, names, tasks=None, more=()):
         "pool": {"path": write(folder.with_suffix(".jsonl"), tiny.chats(60))},
         "targets": {name: {"dev": write(folder.with_name(f"{folder.name}-{name}.jsonl"), dev[name])} for name in names},
         "features": {"trim": {"extractor": "trim"}, "rds": {"extractor": "embedding"}, "ngram": {"extractor": "ngram"},
+                     "loss": {"extractor": "loss", "without_prompt": False},
                      "influence": {"extractor": "influence", "lazy": True, "curvature": "none"}},
         "methods": {**{name: {**one, **part} for name, one in METHODS.items()}, **dict(more)},
         "budget": "20%",
@@ -95,6 +97,11 @@ def test_rows_and_groups_of_the_evidence_are_those_of_the_run(runs):
         else:
             names = [[run.target["id"][int(row)] for row in found] for run, found in ((part, mine), (alone, theirs))]
         assert names[0] == names[1] and len(set(names[0])) > 1, method
+
+
+def test_columns_of_several_features_are_counted_as_they_stand(runs):
+    part, alone = (selection(run, "turns").evidence["group"].tolist() for run in runs)
+    assert part == alone and part[:3] == [0, 1, 2]  # TRIM for two tasks, and the loss
 
 
 def _view(run, method):

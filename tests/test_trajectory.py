@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from test_stages import recipe_of
 
 import tiny
-from llmselect.clustering import Clustering, clusters_of
+from llmselect.clustering import Clustering, clusters_of, memberships
 from llmselect.engine import moments
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.passes import Pass
@@ -19,8 +20,12 @@ from llmselect.errors import UsageError
 from llmselect.estimate import estimate
 from llmselect.extractors.loss import Loss
 from llmselect.extractors.trajectory import Trajectory
+from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.kmeans import kmeans
+from llmselect.kernels.rows import Rows
 from llmselect.prepare import prepare
 from llmselect.selection import Selection
+from llmselect.selectors.mig import Mig
 from llmselect.selectors.similarity import Similarity
 from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.train import Train, finetune
@@ -110,6 +115,26 @@ def test_clusters_are_those_of_the_data_whatever_the_order_of_rows():
     label = clusters_of(holes, Clustering("x", 3, normalize=False), ids)
     assert np.flatnonzero(label < 0).tolist() == [5, 70] and agrees(np.delete(label, [5, 70]), np.delete(truth, [5, 70]))
     assert len(np.unique(clusters_of(x[:2], Clustering("x", 5), ids[:2]))) <= 2
+
+
+def test_memberships_are_shares_of_the_nearest_centroids():
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(1)
+    x = np.eye(4)[rng.integers(0, 4, 120)] + 0.1 * rng.standard_normal((120, 4))
+    ids = np.arange(120, dtype=np.uint64)
+    found = memberships(x, 4, top=3, sharpness=5.0, ids=ids).toarray()
+    centroids = kmeans(Rows(x), 4, Keyed(0, ids)).centroids.astype(float)
+    for row, held in zip(x, found, strict=True):
+        cosine = [row @ c / np.linalg.norm(row) / np.linalg.norm(c) for c in centroids]
+        near = sorted(range(4), key=lambda j: -cosine[j])[:3]
+        total = sum(math.exp(5 * cosine[j]) for j in near)
+        expected = [math.exp(5 * cosine[j]) / total if j in near else 0.0 for j in range(4)]
+        np.testing.assert_allclose(held, expected, atol=1e-5)
+    tags = memberships(x, 4, ids=ids)
+    picked = Mig(tau=None).select(4, x=tags, quality=np.ones(120)).indices
+    assert sorted(tags.toarray()[picked].argmax(1)) == [0, 1, 2, 3]  # as tags, the four clusters are covered
+    with pytest.raises(UsageError, match="top: 5"):
+        memberships(x, 4, top=5)
 
 
 def test_a_recipe_with_trajectories_and_clusters(tmp_path, tiny_model):

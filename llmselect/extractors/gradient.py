@@ -1,20 +1,22 @@
 """Gradient features: the direction in which a row would move the model, sketched.
 
 Paper: LESS, Xia et al., arXiv 2402.04333, sections 2 to 4 (mode `lora` on warm-up checkpoints); norms: GraNd, Paul et
-    al., arXiv 2107.07075.
+    al., arXiv 2107.07075; of the loss by the input: AIGN of EasyCore, Ramesh et al., arXiv 2510.11018.
 Objective: per checkpoint i the gradient of the row's mean response loss, for pool rows as the direction Γ of Adam's next
     step (`preconditioner: adam`), for target rows plain; a feature row is the concatenation of √η̄_i · unit(sketch), η̄
     the checkpoints' mean learning rates scaled to sum 1, so that one cosine is Σ_i η̄_i cos(Γ_i(z), ∇_i(z')).
-    `preconditioner: ekfac` instead multiplies target gradients by the inverse EK-FAC Fisher of pool rows.
+    `preconditioner: ekfac` instead multiplies target gradients by the inverse EK-FAC Fisher of pool rows. `norm` is GraNd at each
+    checkpoint; AIGN is the mean over checkpoints of `input_norm`, of which EasyCore keeps the smallest.
 Inputs: a causal LM; for LESS a warm-up whose checkpoints were kept (`checkpoints: warmup`). Rows without response tokens
     have no gradient and are set aside.
 Cost: one forward and one backward to activations per checkpoint, no weight gradients, the LM head on responses only;
     `dim` bytes a row and checkpoint in int8.
 Deviations: Adam's own formula, with bias correction and ε outside the root; `reference: true` is the published code's.
     The sketch is one-sided (mode `base`) plus a fold instead of a dense Rademacher matrix. Without a checkpoint, mode
-    `lora` takes a new adapter, whose A has no gradient yet.
+    `lora` takes a new adapter, whose A has no gradient yet. AIGN is over the checkpoints that are kept, not every epoch, and
+    at the states that enter the lowest block, where the paper has pixels.
 Defaults: mode `base`, k = 64, dim 8192, int8.
-Use: LESS, TAROT, TAGCOS: where a backward pass per checkpoint is affordable.
+Use: LESS, TAROT, TAGCOS, and norms as scores: where a backward pass per checkpoint is affordable.
 """
 
 from __future__ import annotations

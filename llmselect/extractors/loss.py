@@ -9,7 +9,8 @@ Inputs: a causal LM; rows through its chat template.
 Cost: one forward with the LM head on supervised tokens only, in chunks; with `without_prompt` a second, shorter one.
 Deviations: without its prompt a turn keeps the one token before it (its opening mark), so that both losses average
     over the same tokens; the published code drops the first token instead. EL2N is the mean over tokens, at this one
-    model instead of several early in training (`trajectory` has it at checkpoints).
+    model instead of several early in training (`trajectory` has it at checkpoints). Rows whose IFD is 1 or more, which its
+    paper leaves out, are ranked like others.
 Defaults: both passes.
 Use: scores without a target (perplexity, IFD, entropy, EL2N), and the `quality` of other methods.
 """

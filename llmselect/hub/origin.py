@@ -120,7 +120,8 @@ def of_recipe(recipe: Recipe, base_model: str | None, note: Mapping[str, Any] | 
         found = Origin(told["pool"]["path"])
     else:
         found = of_dataset(recipe.pool.path)
-    places = {"pool.path": recipe.pool.path, "model.path": "" if base_model else recipe.model.path}
+    places = {"pool.path": recipe.pool.path, "pool.memory": recipe.pool.memory}
+    places |= {"model.path": "" if base_model else recipe.model.path}
     places |= {f"targets.{n}.{k}": getattr(t, k) for n, t in recipe.targets.items() for k in ("dev", "test")}
     missing = tuple(key for key, value in places.items() if value and looks_like_path(value))
     return Origin(found.pool, found.dataset, found.revision, found.licence, found.language, model, told, missing)

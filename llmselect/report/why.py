@@ -72,7 +72,9 @@ class Explainer:
         """What the columns of a method's feature stand for: the groups it was fitted on."""
         feature = self._feature(view)
         known = self.run.store.open(feature).spec.get("groups") if feature in self.run.store.names() else None
-        return list(known or self.groups)
+        reads = view.selection.provenance.get("key", {}).get("reads", {})
+        # Columns of several features side by side are no groups.
+        return [] if len(features_in(reads.get("x", ""))) > 1 else list(known or self.groups)
 
     def _groups(self, view: View, evidence: dict[str, np.ndarray], count: int) -> list[str | None]:
         """The name of the target group, or source, that picked each row."""

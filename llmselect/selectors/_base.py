@@ -152,6 +152,8 @@ class Selector:
             if name in kept and kept[name].shape[1:] == (1,) and 2 not in axes and not hasattr(kept[name], "lazy"):
                 kept[name] = np.asarray(kept[name][:])[:, 0]  # the scores of one task
         x, target, quality = kept.get("x"), kept.get("target"), kept.get("quality")
+        if quality is not None and len(quality.shape) == 2 and quality.shape[1] == 1 and 2 not in self.quality_ndim:
+            kept["quality"] = quality = quality[:, 0]  # e.g. a norm at the one checkpoint
         if quality is not None and len(quality.shape) not in self.quality_ndim:
             allowed = " or ".join(map(str, self.quality_ndim))
             raise UsageError(f"quality has shape {tuple(quality.shape)}; '{self.name}' reads {allowed} axes")

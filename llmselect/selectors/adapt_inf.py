@@ -8,7 +8,9 @@ Inputs: `x [n, d]`, the `gradient` feature; `quality [n, S]`, S scores, in a rec
 Cost: k-means; O(n·S + n log n).
 Deviations: text scores (loss, EL2N, IFD, gradient norm) instead of image grounding. Histograms have bins of equal width from -3
     to 3 standard deviations, what lies outside in the outer ones. The order is nested: rounds over the clusters. Permanent
-    pruning is `dedup:`.
+    pruning is `dedup:`, and what a later run remembers is `pool.memory`: the paper's pool grows with every data set and is cut
+    back to a size by pruning in each cluster; here the rows that an earlier run selected join the new pool, duplicates fall
+    over both (the old row stays), and clusters and budget are those of both.
 Defaults: a cluster per 200 rows, 2 to 100; 50 bins, β = 0.1, large scores are the hard ones.
 Use: no target, gradients and several scores at hand, none of which is known to suit the whole pool.
 """

@@ -3,7 +3,8 @@
 Paper: Zheng et al., "Coverage-centric Coreset Selection for High Pruning Rates", arXiv 2210.15809.
 Objective: drop the ⌊βn⌋ hardest rows; cut the scores of the others into `bins` strata; waterfill k over the strata,
     uniform inside each.
-Inputs: `x [n]`, any score; `hard` tells which end is the hard one.
+Inputs: `x [n]`, any score, or `[n, T]`, the score at T checkpoints or models, of which the mean counts (as EL2N, GraNd and AIGN
+    are defined); `hard` tells which end is the hard one.
 Cost: O(n log n).
 Deviations: the order is nested: rounds over the strata, so that every prefix has waterfill shares up to the rows that
     its last round lacks; a budget of more than n - ⌊βn⌋ rows gets the dropped rows last, the easiest of them first.
@@ -35,7 +36,7 @@ class Ccs(Selector):
     the smallest score; -1 for a dropped row."""
 
     stochastic: ClassVar[bool] = True
-    x_ndim: ClassVar[tuple[int, ...]] = (1,)
+    x_ndim: ClassVar[tuple[int, ...]] = (1, 2)
 
     beta: float = field(default=0.1, metadata={"help": "share of the pool, the hardest rows, that is dropped"})
     bins: int = field(default=50, metadata={"help": "strata"})
@@ -49,7 +50,7 @@ class Ccs(Selector):
             raise UsageError(f"bins: {self.bins} must be at least 1")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
-        score = np.asarray(x[:], np.float64)
+        score = np.asarray(x[:], np.float64).reshape(x.shape[0], -1).mean(1)
         # Within a round the strata come in a random order, or a small budget would always favour the same ones.
         order, stratum = covering(score, self.beta, self.bins, self.strata, rng.uniform("row"), rng.uniform("round"), rng.keys,
                                   self.hard == "largest")  # fmt: skip

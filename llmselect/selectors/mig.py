@@ -6,7 +6,7 @@ Objective: v_ij = s_i·x_ij of quality s and tags x; W_jl the similarity of two 
     off the diagonal times α; P = W with columns that sum to 1; maximise Σ_l φ(Σ_{i∈S} (vP)_il), φ(z) = (z + 1e-6)^0.8, by
     the largest linearised gain Σ_l φ'(Z_l) (vP)_il at each step.
 Inputs: `x [n, tags]` ≥ 0, sparse or dense, 1 for each tag of a row (or how far it belongs to a cluster or latent);
-    `quality [n]`.
+    `quality [n]`. Without tags: SAE latents, or soft clusters, `llmselect.clustering.memberships`.
 Cost: one reading of the non-zeros, which are held (20 bytes each); lazy greedy, tens of gains per pick instead of n.
 Deviations: the similarity of two tags is the cosine of their columns in the pool, not of embeddings of their names
     (memory: the pairs of tags that occur together; `tau: null` leaves tags apart). Negative qualities are shifted so
