@@ -131,7 +131,7 @@ def report(plan: Plan, model: str, target: str, files: Sequence[Path]) -> list[L
     Errors: `LlmselectError` for a subset of another pool.
     """
     run = Run(plan.recipe(model))
-    arms = [plan.arm(method, label(budgets[0]), target) for method, (_, budgets) in plan.grid.arms().items()]
+    arms = {plan.arm(method, label(budgets[0]), target): method for method, (_, budgets) in plan.grid.arms().items()}
     ids, members, nll = list(run.pool["id"]), [], []
     for file in files:
         about = json.loads(file.read_text())
@@ -140,7 +140,7 @@ def report(plan: Plan, model: str, target: str, files: Sequence[Path]) -> list[L
             raise LlmselectError(f"{file} was measured on another pool; delete it")
         members.append(rows)
         nll.append(float(np.mean([about["nll"][task] for task in plan.grid.sets[target]])))
-    return lds(scores_of(run, arms), members, nll)
+    return lds({arms[arm]: scores for arm, scores in scores_of(run, list(arms)).items()}, members, nll)
 
 
 def markdown(found: Mapping[str, Sequence[Lds]], title: str) -> str:
@@ -148,8 +148,7 @@ def markdown(found: Mapping[str, Sequence[Lds]], title: str) -> str:
     by_method: dict[str, dict[str, Lds]] = {}
     for target, table in found.items():
         for one in table:
-            name = one.method.removesuffix(f"-{target}")
-            by_method.setdefault(name, {})[target] = one
+            by_method.setdefault(one.method, {})[target] = one
     mean = {name: float(np.mean([one.rho for one in row.values()])) for name, row in by_method.items()}
     best = sorted(by_method, key=lambda name: -mean[name] if np.isfinite(mean[name]) else np.inf)
     lines = ["| method | mean | " + " | ".join(found) + " |", "|---|---:|" + "---:|" * len(found)]
