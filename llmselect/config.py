@@ -65,7 +65,8 @@ def _wrong(where: str, hint: Any, value: Any) -> UsageError:
     options = [str(a) for h in (hint, *get_args(hint)) if get_origin(h) is Literal for a in get_args(h)]
     close = nearest(value, options)
     got = f"{reprlib.repr(value)} ({type(value).__name__})"
-    one = f"; for one value type [{value}]" if _spell(hint) == "a list" and isinstance(value, int | float | str) else ""
+    short = isinstance(value, int | float) or (isinstance(value, str) and len(value) < 100)
+    one = f"; for one value type [{value}]" if _spell(hint) == "a list" and short else ""
     return UsageError(f"{where or 'recipe'}: expected {_spell(hint)}, got {got}{one}{'.' if close else ''}{close}")
 
 

@@ -149,6 +149,12 @@ def test_refusals_name_the_key_what_was_given_and_what_is_allowed(data, message)
     assert str(caught.value).startswith(message)
 
 
+def test_a_long_value_is_not_said_back():
+    with pytest.raises(UsageError, match="expected a list") as told:
+        config.from_dict(Outer, {"name": "a", "seeds": "x" * 100_000})
+    assert len(str(told.value)) < 300
+
+
 def test_top_level_must_be_a_mapping():
     with pytest.raises(UsageError, match="recipe: expected a mapping of keys, got \\['name'\\]"):
         config.from_dict(Outer, ["name"])
