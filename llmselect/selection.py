@@ -39,6 +39,9 @@ class Budget:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rows", "fraction", "tokens"):
+            if isinstance(value := getattr(self, name), np.generic):  # what arithmetic on arrays gives
+                object.__setattr__(self, name, value.item())
         given: list[Any] = [v for v in (self.rows, self.fraction, self.tokens) if v is not None]
         if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
             raise UsageError(f"a budget has exactly one of rows, fraction, tokens; {_ALLOWED}")
@@ -57,6 +60,7 @@ class Budget:
         """
         if isinstance(value, Budget):
             return value
+        value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, Mapping):
             if unknown := set(value) - {"rows", "fraction", "tokens"}:
                 raise UsageError(f"{sorted(map(str, unknown))[0]!r} is no kind of budget; {_ALLOWED}")

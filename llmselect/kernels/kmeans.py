@@ -94,6 +94,7 @@ def silhouettes(x: Rows, candidates: list[int], rng: Keyed) -> dict[int, float]:
 
 
 def candidates_for(n: int, budget: int) -> list[int]:
-    """Numbers of clusters to try: powers of two, at least four rows to a cluster and four picks from each."""
+    """Numbers of clusters to try: powers of two, at least four rows to a cluster and four picks from each; none for the few rows
+    that have no silhouette."""
     most = max(2, min(1024, budget // 4, min(n, SAMPLE) // 4))
-    return [k for k in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k <= most]
+    return [k for k in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if k <= most and k < n]

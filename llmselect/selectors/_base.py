@@ -85,7 +85,8 @@ class Selector:
         lost = bad if exclude is None else np.union1d(bad, _row_numbers(exclude, n))
         rows = np.delete(np.arange(n), lost)
         if not len(rows):
-            raise LlmselectError(f"'{self.name}': none of {n} rows has finite features; nothing can be ranked")
+            why = "has finite features" if exclude is None or len(bad) == n else f"is left by the {len(lost) - len(bad)} excluded"
+            raise LlmselectError(f"'{self.name}': none of {n} rows {why}; nothing can be ranked")
         if len(bad):
             log.warning("%s: %d rows are left out: their features are not finite", self.name, len(bad))
         if len(lost):
@@ -101,7 +102,8 @@ class Selector:
                 **({"excluded": len(lost) - len(bad)} if len(lost) > len(bad) else {})}  # fmt: skip
         order, scores = rows[picked.order], picked.scores
         if len(lost) and scores is not None:
-            scores = np.full((n, *scores.shape[1:]), np.nan, scores.dtype)
+            # Counts are whole numbers, among which there is none for a row without a score.
+            scores = np.full((n, *scores.shape[1:]), np.nan, np.result_type(scores, np.float16))
             scores[rows] = picked.scores
         chosen = None if ids is None else [ids[int(i)] for i in order]
         return Selection(order, n, scores, picked.weights, picked.evidence or {}, self.nested, made, chosen)
@@ -116,7 +118,11 @@ class Selector:
         """The longest prefix of the ranking that costs at most `tokens`; the ranking grows until it is long enough."""
         if cost is None:
             raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
-        cost = np.asarray(cost, np.int64)
+        cost = np.asarray(cost)
+        if len(bad := np.flatnonzero(~(np.isfinite(cost) & (cost >= 0) & (cost == np.floor(cost))))):
+            held = cost[bad[:5]].tolist()
+            raise UsageError(f"cost: rows {bad[:5].tolist()} hold {held}; give whole numbers of tokens, 0 or more")
+        cost = cost.astype(np.int64)
         k = n if self.chooses_size else min(n, max(16, int(1.2 * tokens / max(1.0, float(cost.mean())))))
         while True:
             picked = self._pick(k, rng, inputs)
@@ -195,7 +201,11 @@ def _not_finite(inputs: dict[str, Any]) -> np.ndarray:
 
 
 def _row_numbers(rows: Any, n: int) -> np.ndarray:
-    rows = np.asarray(rows, np.int64)
+    rows = np.asarray(rows)
+    if len(rows) and not np.issubdtype(rows.dtype, np.integer):
+        mask = "; of a mask, np.flatnonzero(mask)" if rows.dtype == bool else ""
+        raise UsageError(f"exclude: {rows.dtype} values are no row numbers; give whole numbers{mask}")
+    rows = rows.astype(np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < n:
         raise UsageError(f"exclude: row numbers are between 0 and {n - 1}")
     return rows
