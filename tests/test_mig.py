@@ -96,6 +96,16 @@ def test_the_selection_covers_more_than_chance():
     assert made > 1.3 * max(value(rng.permutation(600)[:40]) for _ in range(20))
 
 
+@pytest.mark.parametrize("rows", [5, 7, 10, 23])
+def test_a_similarity_of_exactly_tau_is_not_above_it(rows):
+    for shared in range(1, rows):
+        tags = np.zeros((2 * rows, 2))
+        tags[:rows, 0] = tags[rows - shared : 2 * rows - shared, 1] = 1
+        tau = shared / rows  # the cosine of the two
+        assert not Mig(tau=tau)._spread(csr_array(tags))[0, 1]
+        assert Mig(tau=tau - 1e-3)._spread(csr_array(tags))[0, 1] > 0
+
+
 def test_mistakes_are_named():
     with pytest.raises(LlmselectError, match=r"negative.*\[3\]"):
         Mig().select(2, x=np.where(np.arange(9)[:, None] == 3, -1.0, 1.0) * np.ones((9, 4)), quality=np.ones(9))

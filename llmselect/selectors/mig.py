@@ -79,7 +79,8 @@ class Mig(Selector):
         scale = sparse.diags_array(1 / np.sqrt(np.where(square > 0, square, 1)))
         similar = sparse.csr_array(scale @ shared @ scale)
         similar.setdiag(0)
-        similar.data *= self.alpha * (similar.data > self.tau)
+        # In float32, or rounding would decide where the cosine of two tags is τ itself (9 of 10 rows in common, say).
+        similar.data *= self.alpha * (similar.data.astype(np.float32) > np.float32(self.tau))
         similar.eliminate_zeros()
         weights = one + similar
         return sparse.csr_array(weights @ sparse.diags_array(1 / weights.sum(0)))
