@@ -86,5 +86,11 @@ def test_noise_correlates_as_the_docstring_and_fisher_say():
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="3 checkpoints; a correlation needs at least 4"):
         Cld().select(2, x=losses(0, 5, 3), target=losses(1, 2, 3))
-    with pytest.raises(LlmselectError, match="target rows"):
+    with pytest.raises(LlmselectError, match=r"target rows \[2\] have no finite loss"):
+        Cld().select(2, x=losses(0, 5, 6), target=np.where(np.arange(3)[:, None] == 2, np.nan, losses(1, 3, 6)),
+                     target_groups=["a", "a", "b"])  # fmt: skip
+    with pytest.raises(LlmselectError, match=r"target groups \['b'\] moves evenly or not at all"):
+        Cld().select(2, x=losses(0, 5, 6), target=np.where(np.arange(3)[:, None] == 2, 1.0, losses(1, 3, 6)),
+                     target_groups=np.array(["a", "a", "b"]))  # fmt: skip
+    with pytest.raises(LlmselectError, match="mean loss of the target moves evenly"):
         Cld().select(2, x=losses(0, 5, 6), target=np.ones((1, 6)))

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmselect.errors import UsageError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels.cosine import similarity_blocks, unit_targets
 from llmselect.kernels.groups import round_robin
 from llmselect.kernels.keyed import Keyed
@@ -62,9 +62,14 @@ class Cld(Selector):
             raise UsageError(f"x has losses at {x.shape[1]} checkpoints; a correlation needs at least {3 + self.difference}")
         named = np.zeros(len(target)) if target_groups is None else np.asarray(target_groups)
         groups, group = np.unique(named, return_inverse=True)
-        means = np.stack([target[group == g].mean(0, dtype=np.float64) for g in range(len(groups))])
+        if len(bad := np.flatnonzero(~np.isfinite(target).all(1))):
+            raise LlmselectError(f"target rows {bad[:5].tolist()} have no finite loss; leave out rows without response tokens")
+        means = _Centred(np.stack([target[group == g].mean(0, dtype=np.float64) for g in range(len(groups))]), self.difference)
+        if len(bad := groups[~means[:].any(1)]):
+            which = "the target" if target_groups is None else f"target groups {bad.tolist()}"
+            raise LlmselectError(f"the mean loss of {which} moves evenly or not at all: no row correlates with it")
         correlation = np.empty((x.shape[0], len(groups)), np.float32)
-        for start, block in similarity_blocks(moves, unit_targets(_Centred(means, self.difference))):
+        for start, block in similarity_blocks(moves, unit_targets(means)):
             correlation[start : start + len(block)] = block
         if self.across == "round_robin" and len(groups) > 1:
             order, by = round_robin([topk_stable(r, k, rng.keys) for r in correlation.T], k, len(correlation))
