@@ -99,16 +99,18 @@ def _count(budget: Budget, ranked: np.ndarray, n: int, cost: Any) -> int:
 def ensemble_runs(folders: list[Path], methods: list[str] | None, how: How, out: str, budget: Any = None) -> list[Path]:
     """The ensemble of `methods` (None: all) of the runs, per seed, saved as method `out` of the first run.
 
-    Without a budget it is that of the selections where they share one. Errors: `UsageError` for methods that a run lacks
-    and for a name that one of its own methods has.
+    Without a budget it is that of the selections where they share one. Errors: `UsageError` for methods that a run lacks,
+    for a name that one of its own methods has, and for one that is no name.
     """
-    from llmselect.store import FeatureStore
+    from llmselect.store import FeatureStore, check_folder_name
 
+    check_folder_name(f"out: {out!r}", out)
     found: dict[str, dict[str, Selection]] = {}
+    alike = len({folder.name for folder in folders}) < len(folders)  # a/run and b/run are told apart by their whole paths
     for folder in folders:
         for method in _methods(folder, methods, out):
+            name = method if len(folders) == 1 else f"{folder if alike else folder.name}/{method}"
             for file in sorted((folder / "selections" / method).glob("seed-*/selection.json")):
-                name = method if len(folders) == 1 else f"{folder.name}/{method}"
                 found.setdefault(file.parent.name, {})[name] = Selection.load(file.parent)
     most, written = max(map(len, found.values())), list[Path]()
     cost = np.asarray(FeatureStore(folders[0] / "features")["tokens.supervised"])

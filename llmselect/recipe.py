@@ -23,7 +23,7 @@ from llmselect.selection import Budget
 from llmselect.selectors._base import Selector, inputs_of
 from llmselect.semdedup import Dedup
 from llmselect.sources import Model, PoolSource, TargetSource
-from llmselect.store import check_name
+from llmselect.store import check_folder_name, check_name
 from llmselect.tasks import check_tasks
 from llmselect.train import Train
 
@@ -175,10 +175,7 @@ class Recipe:
         for kind, names in (("methods", self.methods), ("targets", self.targets), ("features", self.features),
                             ("refine.method", rounds)):  # fmt: skip
             for name in names:
-                plain = name and len(name) <= 100 and all(c.isalnum() or c in "_+-" for c in name)
-                if not plain or name in ("base", "full"):
-                    raise UsageError(f"{kind}.{reprlib.repr(name)[1:-1]}: not a name; allowed: up to 100 letters, digits, '_', "
-                                     "'+', '-', not base or full")  # fmt: skip
+                check_folder_name(f"{kind}.{reprlib.repr(name)[1:-1]}", name)
         if not self.out and (Path(self.name).name != self.name or self.name in (".", "..")):
             raise UsageError(f"name: {reprlib.repr(self.name)} is also a folder's, below runs/; give one without '/', or out=")
         _prefixed("features", lambda: [check_name(name) for name in self.features])

@@ -51,6 +51,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_folder_name(where: str, name: str) -> None:
+    """Errors: `UsageError` for a name of a method, target or feature that could leave its folder, or means another row of the
+    results."""
+    if not name or len(name) > 100 or not all(c.isalnum() or c in "_+-" for c in name) or name in ("base", "full"):
+        raise UsageError(f"{where}: not a name; allowed: up to 100 letters, digits, '_', '+', '-', not base or full")
+
+
 @dataclass(frozen=True)
 class Feature:
     """One feature's folder: its spec, what is missing, its shards."""

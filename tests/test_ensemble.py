@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -127,3 +128,11 @@ def test_the_command_on_a_run(tmp_path, tiny_model):
         ensemble_runs([run.folder], ["random"], "borda", "length")
     with pytest.raises(UsageError, match="no selections there"):
         ensemble_runs([tmp_path / "nothing"], None, "borda", "x")
+    for name in ("../../fused", "full", ""):
+        with pytest.raises(UsageError, match="not a name"):
+            ensemble_runs([run.folder], ["random"], "borda", name)
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / run.folder.name  # another run whose folder has the same name
+    shutil.copytree(run.folder, twin)
+    both = Selection.load(ensemble_runs([run.folder, twin], ["random"], "borda", "twins")[0])
+    assert sorted(both.evidence) == sorted(f"rank_{one}/random" for one in (run.folder, twin))
