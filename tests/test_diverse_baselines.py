@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from llmselect.errors import UsageError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels import filtering
 from llmselect.selectors.car import Car
 from llmselect.selectors.deita import Deita
 from llmselect.selectors.instag import InsTag
+from llmselect.selectors.mona import Mona
+from llmselect.selectors.quad import Quad
+from llmselect.selectors.set_functions import FacilityLocation, GraphCut, LogDet
 from llmselect.selectors.topk import TopK
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -133,7 +136,23 @@ def test_instag_ignores_zeros_that_are_stored():
     assert made.evidence["round"].tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize(("cls", "wrong"), [(Deita, {"limit": 1.1}), (Car, {"share": -0.1}), (Car, {"share": 2})])
+def test_deita_multiplies_several_scores():
+    rng = np.random.default_rng(0)
+    x, both = rng.standard_normal((60, 3)), rng.integers(0, 6, (60, 2)).astype(np.float16)
+    made = Deita(limit=0.5).select(20, x=x, quality=both)
+    assert made.indices.tolist() == Deita(limit=0.5).select(20, x=x, quality=both[:, 0] * both[:, 1]).indices.tolist()
+    assert made.scores.tolist() == both.astype(float).prod(1).tolist()
+    one = [Deita().select(20, x=x, quality=-quality).indices.tolist() for quality in (both[:, :1], both[:, 0])]
+    assert one[0] == one[1]  # one score may be negative
+    both[7, 1] = -1
+    with pytest.raises(LlmselectError, match=r"rows \[7\] have negative scores"):
+        Deita().select(20, x=x, quality=both)
+
+
+@pytest.mark.parametrize(("cls", "wrong"), [(Deita, {"limit": 1.1}), (Car, {"share": -0.1}), (Car, {"share": 2}),
+                                            (FacilityLocation, {"neighbours": 0}), (GraphCut, {"penalty": -0.1}),
+                                            (LogDet, {"scale": 0.0}), (LogDet, {"dim": 0}), (Mona, {"evidence": -1}),
+                                            (Quad, {"clusters": 0})])  # fmt: skip
 def test_impossible_settings_are_refused(cls, wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         cls(**wrong)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from llmselect.errors import LlmselectError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.kernels.groups import round_robin
 from llmselect.kernels.jaccard import jaccard, rows_of, sparse_blocks
 from llmselect.kernels.keyed import Keyed
@@ -40,6 +40,10 @@ class Mona(Selector):
     metric: Literal["jaccard", "cosine", "euclidean"] = field(default="jaccard", metadata={"help": "similarity to p"})
     across: Literal["round_robin", "mean", "max"] = field(default="round_robin", metadata={"help": "over target groups"})
     evidence: int = field(default=5, metadata={"help": "latents kept per selected row"})
+
+    def __post_init__(self) -> None:
+        if self.evidence < 0:
+            raise UsageError(f"evidence: {self.evidence} must be 0 or more")
 
     def pick(self, k: int, rng: Keyed, *, x: Any, target: Any, target_groups: Any = None) -> Picked:
         named = np.zeros(len(target)) if target_groups is None else np.asarray(target_groups)

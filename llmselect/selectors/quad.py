@@ -57,6 +57,8 @@ class Quad(Selector):
         shares = {"gamma": self.gamma, "arms": self.arms, "share": self.share}
         if wrong := [name for name, value in shares.items() if not 0 < value <= 1]:
             raise UsageError(f"{wrong[0]}: {shares[wrong[0]]} must lie between 0 and 1")
+        if self.clusters is not None and self.clusters < 1:
+            raise UsageError(f"clusters: {self.clusters} must be at least 1, or null")
         if not 0 <= self.quantile < 1 or self.alpha < 0 or self.least < 1 or self.neighbours < 0:
             raise UsageError("quantile must lie in [0, 1), alpha and neighbours not be negative, least be at least 1")
 

@@ -72,6 +72,11 @@ class FacilityLocation(_SetFunction):
 
     neighbours: int = field(default=64, metadata={"help": "edges per row of the graph"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbours < 1:
+            raise UsageError(f"neighbours: {self.neighbours} must be at least 1")
+
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         return self._maximum(objectives.Coverage(*neighbours(Rows(x), self.neighbours)), k, rng)
 
@@ -82,6 +87,11 @@ class GraphCut(_SetFunction):
     """Rows that are like the pool and unlike one another."""
 
     penalty: float = field(default=0.5, metadata={"help": "λ; up to 0.5 the function is monotone"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.penalty < 0:  # gains would grow with the set, which no greedy order here is made for
+            raise UsageError(f"penalty: {self.penalty} must be 0 or more")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         return self._maximum(objectives.GraphCut(Rows(x), self.penalty), k, rng)
@@ -94,6 +104,11 @@ class LogDet(_SetFunction):
 
     scale: float = field(default=10.0, metadata={"help": "α; small values stop telling directions apart"})
     dim: int = field(default=1024, metadata={"help": "wider features are folded to this many columns"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scale > 0 or self.dim < 1:
+            raise UsageError(f"scale: {self.scale} must be above 0, and dim: {self.dim} at least 1")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         return self._maximum(objectives.LogDet(Rows(x, dim=self.dim), self.scale), k, rng)
