@@ -41,8 +41,7 @@ def make(name: str, ndim: int, tied: bool, sign: str = "any", scores: int = 1) -
         "target": lambda: real(len(TASKS), D),
         "target_groups": lambda: np.array(TASKS),
         "target_cost": lambda: rng.integers(1, 4 if tied else 500, len(TASKS)),
-        # Several scores are never below 0: `deita` multiplies them.
-        "quality": lambda: real(N) if scores == 1 else np.abs(real(N, scores) + tied),
+        "quality": lambda: real(N) if scores == 1 else np.abs(real(N, scores) + tied),  # `deita` multiplies several
         "groups": lambda: np.array(list("aaaabbbccd"))[rng.integers(0, 10, N)],
         "cost": lambda: rng.integers(1, 4 if tied else 500, N),
     }[name]()
