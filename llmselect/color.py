@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmselect.stages import Run
 
 log = logging.getLogger("llmselect")
+FEW = 8  # steps
 ADAPTERS = PRIOR, CONDITIONAL = "prior", "conditional"
 
 
@@ -126,8 +127,11 @@ def adapters_of_task(pool: Dataset, target: Dataset, cost: np.ndarray, target_co
             about = f"the target without fold {k} of {folds.count} (CoLoR-Filter, {CONDITIONAL})"
             trainings.append((place, about, target.select(np.flatnonzero(fold != k))))
     for place, about, rows in trainings:
-        finetune(rows, model, place, train, seed=settings.seed, dtype=dtype, max_length=max_length,
-                 provenance={"selector": about, "rows": len(rows)})  # fmt: skip
+        made = finetune(rows, model, place, train, seed=settings.seed, dtype=dtype, max_length=max_length,
+                        provenance={"selector": about, "rows": len(rows)})  # fmt: skip
+        if made.steps < FEW:
+            log.warning("color: %s is trained for %d steps (%d supervised tokens): its losses hardly differ from the base's; "
+                        "give color.train more epochs or fewer batch_tokens", place, made.steps, made.tokens)  # fmt: skip
 
 
 def with_adapters(extractor: Any, recipe: Recipe) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,8 @@ from llmselect.token_batches import MicroBatches
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
+
+log = logging.getLogger("llmselect")
 
 
 def token_trainer(backbone: Any, batches: MicroBatches, settings: Any, lora: Any, micro_tokens: int) -> Any:
@@ -43,6 +46,9 @@ def keep_checkpoints(trainer: Any, folder: Path, count: int) -> None:
 
     steps = len(trainer.batches.plan.steps)
     wanted = {round(steps * (i + 1) / count) for i in range(count)} - {0}
+    if len(wanted) < count:
+        log.warning("train.checkpoints: of %d only %d are kept, the training has no more steps; give train.epochs or "
+                    "train.batch_tokens for more of them", count, len(wanted))  # fmt: skip
 
     class Checkpoints(TrainerCallback):
         rates: ClassVar[list[float]] = []

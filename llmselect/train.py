@@ -265,7 +265,9 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, scratch: st
     count = accumulation(plan, micro_tokens, state.num_processes, packing)
     collate = packed(backbone.pad, backbone.encoder.max_length) if packing else padded(backbone.pad)
     batches = MicroBatches(plan, collate, count, state.num_processes, state.process_index, packing)
-    settings = _sft(train, cuda=cuda, output_dir=scratch, max_steps=len(plan.steps), seed=seed,
+    # Of one step the first is the warm-up's, whose rate is 0: nothing would be learned.
+    cold = {"warmup_steps": 0} if len(plan.steps) == 1 and "warmup_steps" not in train.sft else {}
+    settings = _sft(train, **cold, cuda=cuda, output_dir=scratch, max_steps=len(plan.steps), seed=seed,
                     gradient_accumulation_steps=count, bf16=cuda and backbone.dtype == torch.bfloat16)  # fmt: skip
     set_seed(seed)  # LoRA's first values are drawn when the trainer is made
     try:

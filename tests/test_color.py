@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_stages import recipe_of, turn, write
 from test_trajectory import computed, naive
 
 import tiny
 from llmselect import atomic
-from llmselect.color import ColorTraining
+from llmselect.color import ColorTraining, adapters_of_task
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.passes import Pass
 from llmselect.errors import UsageError
@@ -130,6 +131,17 @@ def test_what_is_trained_stays_and_what_is_missing_is_made_anew(run):
     after = {file: (file.stat().st_mtime_ns, atomic.sha256_file(file)) for file in files}
     assert len(files) == 4 and [one for one in files if before[one] != after[one]] == [lost / "adapter_model.safetensors"]
     assert all(before[one][1] == after[one][1] for one in files)
+
+
+def test_a_target_too_small_for_more_than_a_step_is_told(run, tmp_path, tiny_model, caplog):
+    target, cost = (run.target.select(range(2)), run.store["tokens.supervised"][:])
+    adapters_of_task(run.pool, target, cost, run.store["tokens@target.supervised"][:2], tmp_path, ColorTraining(),
+                     model=str(tiny_model), dtype="float32", max_length=96)  # fmt: skip
+    for name in ADAPTERS:
+        assert trained(tmp_path / name)["result"]["steps"] == 1
+        assert f"color: {tmp_path / name} is trained for 1 steps" in caplog.text
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert any(value.any() for key, value in weights.items() if "lora_B" in key)
 
 
 def test_what_it_costs_is_told_without_the_training(run):

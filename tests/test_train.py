@@ -10,6 +10,7 @@ import rows
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 import tiny
 from llmselect.chat import ChatEncoder, Encoded
@@ -121,6 +122,15 @@ def test_the_first_step_has_the_loss_of_the_formula(trained, tmp_path):
         total -= out[at - 1, row.ids[at].astype(np.int64)].sum().item()
         count += len(at)
     assert made.tokens == count and made.train_loss == pytest.approx(total / count, rel=1e-4)
+    weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert made.steps == 1 and all(value.any() for name, value in weights.items() if "lora_B" in name), "its one step learns"
+
+
+def test_checkpoints_for_which_there_are_no_steps_are_told(trained, tmp_path, caplog):
+    _, model, _, data, _ = trained
+    finetune(data, model, tmp_path / "few", Train(tokens=300, batch_tokens=100, checkpoints=5), seed=0, max_length=96)
+    assert "of 5 only 3 are kept" in caplog.text
+    assert len(list((tmp_path / "few" / "checkpoints").iterdir())) == 3
 
 
 def test_an_adapter_is_reused_or_refused_never_overwritten(trained):
