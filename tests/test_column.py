@@ -45,7 +45,7 @@ def test_values_are_those_of_the_file(tmp_path):
     assert not E.Column(files=(file,), column="tags", kind="tags").texts(tiny.chats(2, 77))["value"].scipy().toarray().any()
 
 
-def test_a_recipe_selects_by_the_users_own_columns_and_a_changed_file_is_noticed(tmp_path, tiny_model):
+def test_a_recipe_selects_by_the_users_own_columns_and_a_changed_file_is_noticed(tmp_path, tiny_model, caplog):
     chats, dev = tiny.chats(40), tiny.chats(4, 50)
     file, target = stated(tmp_path, chats), tmp_path / "tagged.jsonl"
     target.write_text("".join(json.dumps({"messages": c, "tags": ["law"], "score": 1}) + "\n" for c in dev))
@@ -57,6 +57,7 @@ def test_a_recipe_selects_by_the_users_own_columns_and_a_changed_file_is_noticed
     run = Run(recipe_of(tmp_path, tiny_model, chats, features=features, methods=methods, budget=6))
     for stage in (prepare, extract_stage, select_stage):
         stage(run)
+    assert "score@target.value: 4 rows have no finite value" in caplog.text, "rows of a target are told from those of the pool"
     place = {json.dumps(c): i for i, c in enumerate(chats)}
     plain = lambda row: json.dumps([{"role": m["role"], "content": m["content"]} for m in row])  # noqa: E731
     mine = np.array([place[plain(row)] for row in run.pool["messages"]])

@@ -137,7 +137,7 @@ class Pass:
             names = [name for name in self.features if shard in missing[name]]
             arrays = self.compute(part["messages"], part["id"], names)
             for name in names:
-                report_non_finite(name, arrays[name], part["id"])
+                report_non_finite(self.features[name].folder.name, arrays[name], part["id"])
                 self.features[name].write(shard, arrays[name])
             progress.step(size, len(rows))
         progress.close()

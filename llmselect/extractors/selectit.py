@@ -148,7 +148,8 @@ def _cut(ids: list[int], offsets: list[tuple[int, int]], spans: dict[str, tuple[
     spare = np.concatenate([inside["response"][::-1], inside["instruction"][::-1]])
     excess = max(0, len(ids) - limit)
     if excess > len(spare):
-        raise UsageError(f"prompts: one has {len(ids) - len(spare)} tokens without a row; max_length is {limit}")
+        raise UsageError(f"selectit: a rating prompt has {len(ids) - len(spare)} tokens without a row; max_length is {limit}: "
+                         "give the feature a larger max_length, or shorter prompts")  # fmt: skip
     kept = np.delete(np.asarray(ids, np.int32), spare[:excess])
     none = np.zeros(len(kept), bool)
     return Encoded(kept, none, none.astype(np.int8), prompt_cut=excess)

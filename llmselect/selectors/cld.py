@@ -59,7 +59,8 @@ class Cld(Selector):
     def pick(self, k: int, rng: Keyed, *, x: Any, target: Any, target_groups: Any = None) -> Picked:
         moves = _Centred(x, self.difference)
         if (steps := moves.shape[1]) < 3:
-            raise UsageError(f"x has losses at {x.shape[1]} checkpoints; a correlation needs at least {3 + self.difference}")
+            raise UsageError(f"x has losses at {x.shape[1]} checkpoints; a correlation needs at least {3 + self.difference}: "
+                             "give warmup.train more checkpoints, and steps enough for them")  # fmt: skip
         named = np.zeros(len(target)) if target_groups is None else np.asarray(target_groups)
         groups, group = np.unique(named, return_inverse=True)
         if len(bad := np.flatnonzero(~np.isfinite(target).all(1))):
