@@ -11,6 +11,7 @@ import typer
 from llmselect.cli_complete import argument
 from llmselect.cli_complete import runs as complete_runs
 from llmselect.cli_help import RESULTS, examples
+from llmselect.errors import UsageError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,8 +35,12 @@ def ensemble(runs: Annotated[list[Path], argument("folders of runs that have sel
     from llmselect.selection import Selection
 
     names = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
+    if methods is not None and not names:
+        raise UsageError(f"methods: {methods!r} names none; give names with commas between, or leave it out for all")
     size: Any = budget
-    if budget is not None and budget.startswith("tokens:") and budget[7:].isdigit():
+    if budget is not None and budget.startswith("tokens:"):
+        if not budget[7:].isdecimal():
+            raise UsageError(f"budget: {budget!r} is no number of tokens; type for example --budget tokens:200000")
         size = {"tokens": int(budget[7:])}
     written = ensemble_runs(runs, names, cast(How, how), out, size)
     told = [{"folder": str(place), "rows": len(Selection.load(place))} for place in written]

@@ -29,7 +29,10 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest of `options`, or an empty string when none is close."""
     if len(str(name)) > 100:
         return ""  # comparing takes the square of the length, and nobody means a name by it
-    close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.6)
+    known = list(options)
+    lower = {str(one).lower(): one for one in known}  # papers write their methods in capitals
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    close = close or [lower[one] for one in difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)]
     return f" Did you mean '{close[0]}'?" if close else ""
 
 

@@ -77,7 +77,9 @@ class Registry:
 
 # Methods of papers that are no class of their own: an extractor and a selector that reads it.
 _COMBINED = {"less": ("gradient", "similarity"), "rds": ("embedding", "similarity"), "rds+": ("embedding", "similarity"),
-             "s2l": ("trajectory", "balanced"), "ifd": ("loss", "topk"), "perplexity": ("loss", "topk")}  # fmt: skip
+             "s2l": ("trajectory", "balanced"), "ltc": ("trajectory", "cld"), "grand": ("gradient", "topk"),
+             "aign": ("gradient", "topk"), "color-filter": ("color", "topk"),
+             **dict.fromkeys(("ifd", "superfiltering", "perplexity", "entropy", "margin", "el2n"), ("loss", "topk"))}  # fmt: skip
 
 
 def elsewhere(name: str) -> str:

@@ -168,3 +168,4 @@ def test_list_and_show():
     shown = cli("show", "trim").stdout
     assert "2510.07118" in shown and "penalty" in shown and "Objective" in shown
     assert "Did you mean 'trim'?" in cli("show", "trimm", code=2).stderr
+    assert "Did you mean 'dsir'?" in cli("show", "DSIR", code=2).stderr, "papers write their methods in capitals"

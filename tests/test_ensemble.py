@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_stages import recipe_of
 
 import tiny
+from llmselect.cli_ensemble import ensemble as command
 from llmselect.ensemble import ensemble, ensemble_runs
 from llmselect.errors import UsageError
 from llmselect.kernels.keyed import keys_of
@@ -111,6 +112,9 @@ def test_the_command_on_a_run(tmp_path, tiny_model):
     run = Run(recipe_of(tmp_path, tiny_model, tiny.chats(40), methods=methods, seeds=[0, 1], budget={"tokens": 200}))
     for stage in (prepare, extract_stage, select_stage):
         stage(run)
+    for option, value, told in (("methods", ",", "names none"), ("budget", "tokens:many", "type for example --budget tokens:")):
+        with pytest.raises(UsageError, match=told):
+            command([run.folder], "x", **{option: value})
     words = ["ensemble", str(run.folder), "--methods", "random,length", "--how", "rrf", "--out", "fused", "--json"]
     done = subprocess.run([sys.executable, "-m", "llmselect", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

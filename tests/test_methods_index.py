@@ -9,13 +9,14 @@ import re
 import pytest
 
 from documents import ROOT, blocks, documents
+from llmselect import registry
 from llmselect.registry import describe
 
 spec = importlib.util.spec_from_file_location("generated", ROOT / "recipes/generated.py")
 assert spec and spec.loader
 generated = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generated)
-METHODS = [(kind, name) for kind, registry in generated.KINDS.items() for name, _ in generated.own(registry)]
+METHODS = [(kind, name) for kind, of_kind in generated.KINDS.items() for name, _ in generated.own(of_kind)]
 PAPERS = (ROOT / "recipes/papers.md").read_text("utf-8")
 
 
@@ -54,8 +55,21 @@ def test_every_method_with_a_paper_has_settings_and_deviations(kind, name):
     assert kin & set(marked), f"{told}: no `<!-- generated: deviations {name} -->`"
 
 
+@pytest.mark.parametrize("name", registry._COMBINED)
+def test_what_is_said_to_be_written_out_is(name):
+    """`llmselect show perplexity` sends its reader to the index of papers."""
+    extractor, selector = registry._COMBINED[name]
+    found = [block.text for block in blocks() if block.file == "recipes/papers.md" and f"selector: {selector}," in block.text
+             and f"extractor: {extractor}" in block.text]  # fmt: skip
+    # By the name of a method, or by that of the section.
+    assert any(re.search(rf"(?i)^  {re.escape(name)}[-\w]*:", text, re.M) for text in found) or (
+        found and re.search(rf"(?im)^## .*\b{re.escape(name)}", PAPERS)
+    )
+    assert "recipes/papers.md has it written out" in registry.elsewhere(name.upper())
+
+
 def sources(name: str) -> str:
-    return next(registry.get(name).__module__ for registry in generated.KINDS.values() if name in registry.names())
+    return next(kind.get(name).__module__ for kind in generated.KINDS.values() if name in kind.names())
 
 
 def test_the_first_sentence_ends_where_a_reader_would_end_it():
