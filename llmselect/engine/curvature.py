@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -54,7 +54,8 @@ def _gradient(backbone: Backbone, batch: Batch, shift: torch.Tensor | None = Non
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True)
+    linalg: Any = torch.linalg
+    return linalg.vector_norm(rows, dim=(1, 2), keepdim=True)
 
 
 def _signs(batch: Batch, x: torch.Tensor, seed: int, draw: int) -> torch.Tensor:

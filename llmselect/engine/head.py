@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +45,7 @@ def token_stats(backbone: Backbone, hidden: torch.Tensor, ids: torch.Tensor, sup
     row, column = supervised[:, 1:].nonzero(as_tuple=True)
     states, labels = hidden[row, column], ids[row, column + 1]
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)
-    out = [_statistics(logits(backbone, s), y) for s, y in zip(states.split(size), labels.split(size), strict=True)]
+    out = [_statistics(logits(backbone, s), y) for s, y in zip(torch.split(states, size), torch.split(labels, size), strict=True)]
     if not out:
         empty = torch.zeros(0, device=ids.device)
         return TokenStats(row, empty, empty, empty, empty)
@@ -60,6 +60,7 @@ def logits(backbone: Backbone, states: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    linalg: Any = torch.linalg
     lse = logit.logsumexp(-1)
     nll = lse - logit.gather(-1, label[:, None])[:, 0]
     top = logit.topk(2, dim=-1).values
@@ -67,7 +68,7 @@ def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
     # The expectation is taken in place: a second [N, V] matrix would double the memory of the chunk.
     probability = (logit - lse[:, None]).exp_()
     own = probability.gather(-1, label[:, None])
-    el2n = probability.scatter_(-1, label[:, None], own - 1).norm(dim=-1)
+    el2n = linalg.vector_norm(probability.scatter_(-1, label[:, None], own - 1), dim=-1)
     probability.scatter_(-1, label[:, None], own)
     return nll, lse - probability.mul_(logit).sum(-1), margin, el2n
 

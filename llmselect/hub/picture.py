@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Parts of matplotlib have no types.
+# pyright: reportUnknownMemberType=false
 import logging
 import warnings
 from collections.abc import Mapping, Sequence

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# pyarrow and datasets have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,7 +147,7 @@ def mix(subsets: Sequence[Subset], pool: Dataset, most: int = 20) -> Mix | None:
     numbers = np.empty(len(pool), np.int64)
     narrow = pool.select_columns(["source"])
     for start in range(0, len(pool), BATCH):
-        names = narrow[start : start + BATCH]["source"]
+        names: list[Any] = narrow[start : start + BATCH]["source"]
         numbers[start : start + len(names)] = [known.setdefault(clean(str(name or NOT_STATED)), len(known)) for name in names]
     counts = Counter(numbers.tolist())
     names = list(known)
