@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# A class of any kind of method.
-# pyright: reportUnknownMemberType=false
 import importlib
 import inspect
 import logging
@@ -97,7 +95,7 @@ extractors = Registry("extractor", "llmselect.extractors", "llmselect.extractors
 schedules = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
 
 
-def describe(cls: type) -> dict[str, Any]:
+def describe(cls: type[Any]) -> dict[str, Any]:
     """What `llmselect show` prints: the sections of the module docstring and the hyper-parameters."""
     text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
     title, _, body = text.partition("\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # datasets and accelerate have no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportMissingTypeStubs=false
 import json
 import logging
 import os

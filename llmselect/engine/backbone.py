@@ -54,6 +54,7 @@ class Backbone:
             raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
         self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
         self.hidden_size, self.depth = self.text_config.hidden_size, self.text_config.num_hidden_layers
+        self.head_checked = False  # see `engine.head.check_head`
         self.pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 
     @cached_property

@@ -75,7 +75,7 @@ def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
 
 def check_head(backbone: Backbone) -> None:
     """Prove once per model that head(final state) is the model's logits: some families scale or cap them elsewhere."""
-    if getattr(backbone, "_head_checked", False):
+    if backbone.head_checked:
         return
     ids = torch.arange(8, device=backbone.device)[None] % backbone.text_config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -88,4 +88,4 @@ def check_head(backbone: Backbone) -> None:
             f"{backbone.path}: its logits are not head(last hidden state) (off by {(own - theirs).abs().max():.3g}); "
             "losses of this architecture are not supported"
         )
-    backbone._head_checked = True  # type: ignore[attr-defined]
+    backbone.head_checked = True

@@ -77,7 +77,7 @@ class Color(Extractor):
     )
 
     @property
-    def by_group(self) -> bool:  # type: ignore[override]
+    def by_group(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - depends on the folders here
         """Whether there are adapters of each target group, and so a column for each."""
         return any(one == "trained" or isinstance(one, Mapping) for one in (self.prior, self.conditional))
 

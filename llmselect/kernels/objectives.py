@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +17,14 @@ class Coverage:
     either side, else 0. Memory 16 bytes per edge."""
 
     def __init__(self, near: np.ndarray, cosine: np.ndarray):
-        from scipy.sparse import coo_array, csr_array, eye_array
+        import scipy.sparse
 
+        sparse: Any = scipy.sparse
         n, k = near.shape
         row, keep = np.repeat(np.arange(n, dtype=np.int32), k), (near.ravel() >= 0) & (cosine.ravel() > 0)
         value = np.minimum(cosine.ravel()[keep], 1)
-        edges = csr_array(coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
-        self.edges = csr_array(edges.maximum(edges.T).maximum(eye_array(n, format="csr")))
+        edges = sparse.csr_array(sparse.coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
+        self.edges = sparse.csr_array(edges.maximum(edges.T).maximum(sparse.eye_array(n, format="csr")))
         self.covered = np.zeros(n)
 
     def bounds(self) -> np.ndarray:
@@ -112,7 +112,8 @@ class Spread:
     """
 
     def __init__(self, x: Rows):
-        self.x, self.taken = x, np.zeros((16, x.shape[1]))
+        self.x = x
+        self.taken: np.ndarray = np.zeros((16, x.shape[1]))
         self.count, self.near, self.seen = 0, np.full(len(x), np.inf), np.zeros(len(x), np.int64)
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         center = whole / max(np.linalg.norm(whole), 1e-300)

@@ -28,7 +28,7 @@ class Rows:
         if self.folded:
             draw = generator(0, "columns", "fold")
             self.signs = random_signs(draw, self.wide)
-            words = np.asarray(draw.bit_generator.random_raw(-(-self.wide // self.shape[1])), np.uint64)  # type: ignore[attr-defined]
+            words = np.asarray(draw.bit_generator.random_raw(-(-self.wide // self.shape[1])), np.uint64)
             self.turns = [int(word) for word in words % np.uint64(self.shape[1])]
 
     def __len__(self) -> int:
