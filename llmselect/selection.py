@@ -71,7 +71,7 @@ class Budget:
             raise UsageError(f"{reprlib.repr(value)} is not a budget; {_ALLOWED}")
         if isinstance(value, float) and 0 < value < 1:
             return cls(fraction=value)
-        return cls(rows=value)  # pyright: ignore[reportArgumentType] - 2.5 rows are refused above
+        return cls(rows=value)  # pyright: ignore[reportArgumentType] - __post_init__ refuses 2.5
 
     def rows_of(self, n: int) -> int:
         """Rows of a pool of `n`: never over, at least one. Errors: `UsageError` when the pool is smaller."""

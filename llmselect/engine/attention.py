@@ -6,7 +6,7 @@ fused kernel, the probabilities are rebuilt from queries and keys in blocks of q
 
 from __future__ import annotations
 
-# Parts of transformers have no types.
+# transformers has types in part.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from collections.abc import Generator, Set
 from contextlib import contextmanager

@@ -8,7 +8,7 @@ head sees response positions only, in chunks.
 
 from __future__ import annotations
 
-# Parts of torch have no types.
+# torch has types in part.
 # pyright: reportUnknownMemberType=false
 import re
 from collections.abc import Callable, Generator, Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Parts of torch and safetensors have no types.
+# torch and safetensors have types in part.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import json
 import re

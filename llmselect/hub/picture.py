@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Parts of matplotlib have no types.
+# matplotlib has types in part.
 # pyright: reportUnknownMemberType=false
 import logging
 import warnings
