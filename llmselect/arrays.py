@@ -115,8 +115,12 @@ def not_finite(array: Any) -> np.ndarray:
 class Stored:
     """What arrays in a store share: their feature, the ids of its rows, and memory maps, a few at a time."""
 
+    feature: Feature
+    name: str
+    ids: Ids
     shape: tuple[int, ...]
     dtype: np.dtype
+    ndim: int
     open_shards = 32  # mapped pages count as memory of the process, so that all shards at once would be the whole pool
 
     def __init__(self, feature: Feature, name: str):
@@ -209,6 +213,8 @@ class StoredArray(Stored):
 
 class SparseArray(Stored):
     """A sparse `[n, width]` array in a store. Rows come as `scipy.sparse.csr_array`; `shards()` gives the raw maps."""
+
+    width: int
 
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)

@@ -93,18 +93,23 @@ class ChatEncoder:
     message that contains `<|im_start|>assistant` forges no turn.
     """
 
+    tokenizer: Any
+    max_length: int
+    template: str
+
     def __init__(self, tokenizer: Any, max_length: int, template: str | None = None):
         if not getattr(tokenizer, "is_fast", False):
             raise UsageError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
         if max_length < 8:
             raise UsageError(f"max_length: {max_length} is too short for a chat; give at least 8")
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.template = template or tokenizer.chat_template
-        if self.template is None:
+        known: Any = template or tokenizer.chat_template
+        if known is None:
             log.info("%s has no chat template; using llmselect's default", getattr(tokenizer, "name_or_path", "tokenizer"))
-            self.template = DEFAULT_TEMPLATE
-        if not isinstance(self.template, str):
+            known = DEFAULT_TEMPLATE
+        if not isinstance(known, str):
             raise UsageError("the tokenizer has several chat templates; give template= with the one to use")
+        self.template = known
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
         self._special = np.array(sorted(tokenizer.all_special_ids), np.int32)
 

@@ -40,6 +40,12 @@ class LazyArray:
     """
 
     lazy = True
+    folder: Path
+    name: str
+    ids: Ids
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    ndim: int
 
     def __init__(self, folder: Path, name: str, tail: tuple[int, ...], ids: Ids, compute: Compute, *, part: int = PART,
                  rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None):  # fmt: skip

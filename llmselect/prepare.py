@@ -91,8 +91,8 @@ def _read_rows(run: Run) -> dict[str, Any]:
     source: PoolSource = recipe.pool
     evaluation: list[Dataset] = []
     for name, task in recipe.targets.items():
-        shared: dict[str, Any] = {"columns": task.columns, "group": name, "subset": task.subset}
-        shared["max_invalid"] = source.max_invalid
+        shared: dict[str, Any] = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid,
+                                  "subset": task.subset}  # fmt: skip
         dev, reports[f"targets.{name}"] = read_pool(
             task.dev, split=task.dev_split, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
         )

@@ -24,6 +24,10 @@ SECTIONS = ("Paper", "Objective", "Inputs", "Cost", "Deviations", "Defaults", "U
 class Registry:
     """Classes of one kind by name. Adding one is a file in the package, or an entry point elsewhere."""
 
+    kind: str
+    package: str
+    group: str
+
     def __init__(self, kind: str, package: str, group: str):
         self.kind, self.package, self.group = kind, package, group
         self._classes: dict[str, type] = {}
@@ -90,9 +94,9 @@ def elsewhere(name: str) -> str:
     return f" '{name}' is {'an' if kind == 'extractor' else 'a'} {kind}: {uses[kind]}." if kind else ""
 
 
-selectors = Registry("selector", "llmselect.selectors", "llmselect.selectors")
-extractors = Registry("extractor", "llmselect.extractors", "llmselect.extractors")
-schedules = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
+selectors: Registry = Registry("selector", "llmselect.selectors", "llmselect.selectors")
+extractors: Registry = Registry("extractor", "llmselect.extractors", "llmselect.extractors")
+schedules: Registry = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
 
 
 def describe(cls: type[Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path | str):
-        self.path = Path(path)
+        self.path: Path = Path(path)
 
     def names(self) -> list[str]:
         """The features in the store, complete or not."""

@@ -36,6 +36,19 @@ class Backbone:
         max_length: tokens per row; None takes the model's own limit, at most 2048.
     """
 
+    path: str
+    adapter: str | None
+    device: torch.device
+    dtype: torch.dtype
+    config: Any
+    text_config: Any
+    tokenizer: Any
+    encoder: ChatEncoder
+    hidden_size: int
+    depth: int  # blocks
+    pad: int  # the id that fills rows up
+    head_checked: bool = False  # see `engine.head.check_head`
+
     def __init__(self, model: str, adapter: str | None = None, dtype: str = "auto", max_length: int | None = None,
                  device: str | None = None):  # fmt: skip
         self.path, self.adapter = model, adapter
@@ -54,7 +67,6 @@ class Backbone:
             raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
         self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
         self.hidden_size, self.depth = self.text_config.hidden_size, self.text_config.num_hidden_layers
-        self.head_checked = False  # see `engine.head.check_head`
         self.pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 
     @cached_property

@@ -94,9 +94,9 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
         if extractor.sample_rows:
             specs[name]["sample"] = content_digest(pool)
     if process.is_main_process:
-        ids: list[str] = [*data["id"]]
+        rows: Any = data
         for name, spec in specs.items():
-            store.create(name + suffix, spec, ids)
+            store.create(name + suffix, spec, rows["id"])
     process.wait_for_everyone()
     run.features, run.side = {name: store.open(name + suffix) for name in specs}, "target" if suffix else "pool"
     if run.backbone.device.type == "cpu":

@@ -60,7 +60,6 @@ def logits(backbone: Backbone, states: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    linalg: Any = torch.linalg
     lse = logit.logsumexp(-1)
     nll = lse - logit.gather(-1, label[:, None])[:, 0]
     top = logit.topk(2, dim=-1).values
@@ -68,6 +67,7 @@ def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
     # The expectation is taken in place: a second [N, V] matrix would double the memory of the chunk.
     probability = (logit - lse[:, None]).exp_()
     own = probability.gather(-1, label[:, None])
+    linalg: Any = torch.linalg
     el2n = linalg.vector_norm(probability.scatter_(-1, label[:, None], own - 1), dim=-1)
     probability.scatter_(-1, label[:, None], own)
     return nll, lse - probability.mul_(logit).sum(-1), margin, el2n

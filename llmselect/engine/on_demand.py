@@ -59,14 +59,14 @@ def lazy(pool: Dataset, store: FeatureStore, name: str, extractor: Extractor, *,
         some: dict[str, Any] = pool[rows]
         return run.compute(some["messages"], some["id"], [feature])[feature]
 
-    ids: list[str] = [*pool["id"]]
+    untyped: Any = pool
     launch: dict[str, Any] = {"part": part, "rank": process.process_index, "world": process.num_processes}
     if process.is_main_process:
-        store.lazy_feature(feature, spec, ids)
+        store.lazy_feature(feature, spec, untyped["id"])
         if extractor.fits:
             _fit(run, feature, folder, target, pool)
     process.wait_for_everyone()
-    return store.lazy(name, spec, ids, compute, barrier=process.wait_for_everyone, **launch)
+    return store.lazy(name, spec, untyped["id"], compute, barrier=process.wait_for_everyone, **launch)
 
 
 def _fit(run: Pass, feature: str, folder: Any, target: Any, pool: Dataset) -> None:

@@ -21,6 +21,14 @@ class Rows:
     Errors: `LlmselectError` naming rows that are not finite.
     """
 
+    x: Any
+    normalize: bool
+    wide: int  # columns of x
+    folded: bool
+    shape: tuple[int, int]
+    signs: np.ndarray
+    turns: list[int]
+
     def __init__(self, x: Any, *, normalize: bool = True, dim: int | None = None):
         self.x, self.normalize, self.wide = x, normalize, int(x.shape[1])
         self.folded = dim is not None and self.wide > dim

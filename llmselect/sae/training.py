@@ -251,8 +251,10 @@ def _trainer(settings: SaeTraining, backbone: Backbone, layer: int) -> Any:
     metadata = SAEMetadata(
         model_name=Path(backbone.path).name, hook_name=hook_of(layer), context_size=backbone.encoder.max_length
     )
-    shape = dict(d_in=backbone.hidden_size, d_sae=settings.expansion * backbone.hidden_size, k=settings.k, dtype="float32",
-                 device=device, normalize_activations="expected_average_only_in", metadata=metadata)  # fmt: skip
+    shape: dict[str, Any] = {
+        "d_in": backbone.hidden_size, "d_sae": settings.expansion * backbone.hidden_size, "k": settings.k, "dtype": "float32",
+        "device": device, "normalize_activations": "expected_average_only_in", "metadata": metadata,
+    }  # fmt: skip
     if settings.kind == "topk":
         sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**shape))
     else:
