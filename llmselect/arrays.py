@@ -194,7 +194,9 @@ class StoredArray(Stored):
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         first = self._shard(0)[name]
-        self.shape, self.dtype, self.ndim = (feature.n, *first.shape[1:]), first.dtype, first.ndim
+        self.shape: tuple[int, ...] = (feature.n, *first.shape[1:])
+        self.dtype: np.dtype = first.dtype
+        self.ndim: int = first.ndim
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, tuple):
@@ -219,7 +221,9 @@ class SparseArray(Stored):
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         dtype, (self.width,) = feature.spec["arrays"][name]
-        self.shape, self.dtype, self.ndim = (feature.n, self.width), np.dtype(dtype.removeprefix("csr:")), 2
+        self.shape: tuple[int, ...] = (feature.n, self.width)
+        self.dtype: np.dtype = np.dtype(dtype.removeprefix("csr:"))
+        self.ndim: int = 2
 
     def _csr(self, shard: int) -> Csr:
         raw = self._shard(shard)

@@ -63,7 +63,7 @@ class Sharing:
 
     def __init__(self, target: Dataset):
         self.ids: list[str] = [*target["id"]]
-        self.text = Contamination().add(target)
+        self.text: Contamination = Contamination().add(target)
         self._number = {row_id: i for i, row_id in enumerate(self.ids)}
 
     def rows(self, row_id: str, messages: Any) -> list[int]:

@@ -171,6 +171,7 @@ def test_every_module_is_type_checked_strictly():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pyright"]
     assert settings["include"] == settings["strict"] == ["llmselect"]
     assert [key for key, value in settings.items() if key in ("exclude", "ignore") or value in (False, "none")] == []
+    assert (ROOT / "llmselect" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", python("llmselect"))
