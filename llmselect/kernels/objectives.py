@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmselect.kernels.rows import Rows
+from llmselect.kernels.rows import Held, Rows
 
 
 class Coverage:
@@ -65,7 +65,7 @@ class GraphCut:
     """
 
     def __init__(self, x: Rows, penalty: float):
-        self.x, self.penalty, self.count = x, penalty, 0
+        self.x, self.held, self.penalty, self.count = x, Held(x), penalty, 0
         self.sum = np.zeros(x.shape[1])
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         self.total = np.concatenate([(len(x) + rows @ whole) / 2 for _, rows in x.blocks()])
@@ -74,34 +74,46 @@ class GraphCut:
         return self.total - self.penalty
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
-        inside = (self.count + self.x.gather(rows) @ self.sum) / 2
+        inside = (self.count + self.held.gather(rows) @ self.sum) / 2
         return self.total[rows] - self.penalty * (2 * inside + 1)
 
     def add(self, row: int) -> None:
-        self.count, self.sum = self.count + 1, self.sum + self.x[np.array([row])][0]
+        self.count, self.sum = self.count + 1, self.sum + self.held.gather(np.array([row]))[0]
 
 
 class LogDet:
     """f(S) = log det(I + α X_S X_Sᵀ), the volume that rows span.
 
-    The gain of x is log(1 + α xᵀ M x) with M = (I + α X_Sᵀ X_S)⁻¹ `[d, d]`, kept by rank-one updates (Sherman-Morrison):
-    O(d²) a pick and a candidate, whatever the size of S.
+    The gain of x is log(1 + α q), q = xᵀ M x with M = (I + α X_Sᵀ X_S)⁻¹ `[d, d]`, kept by rank-one updates (Sherman-Morrison):
+    M ← M - u uᵀ with u = M x √(α / (1 + α q)). So a q from an earlier S falls by ⟨x, u⟩² for every row taken since: O(d) each,
+    and O(d²) anew where more than d were. The u take 8·k·d bytes.
     """
 
     def __init__(self, x: Rows, scale: float):
-        self.x, self.scale, self.inverse = x, scale, np.eye(x.shape[1])
+        self.x, self.held, self.scale, self.inverse = x, Held(x), scale, np.eye(x.shape[1])
+        self.taken, self.count, self.seen = np.zeros((16, x.shape[1])), 0, np.zeros(len(x), np.int64)
+        self.form = np.concatenate([(rows**2).sum(1) for _, rows in x.blocks()])
 
     def bounds(self) -> np.ndarray:
-        return np.concatenate([np.log1p(self.scale * (rows**2).sum(1)) for _, rows in self.x.blocks()])
+        return np.log1p(self.scale * self.form)
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
-        x = self.x.gather(rows)
-        return np.log1p(self.scale * np.maximum(((x @ self.inverse) * x).sum(1), 0))
+        x, seen = self.held.gather(rows), self.seen[rows]
+        old = self.count - seen > x.shape[1]
+        self.form[rows[old]] = ((x[old] @ self.inverse) * x[old]).sum(1)
+        near, since = ~old, int(seen[~old].min(initial=self.count))
+        fall = (x[near] @ self.taken[since : self.count].T) ** 2
+        fall[np.arange(since, self.count) < seen[near, None]] = 0  # counted when the row was looked at before
+        self.form[rows[near]] -= fall.sum(1)
+        self.seen[rows] = self.count
+        return np.log1p(self.scale * np.maximum(self.form[rows], 0))
 
     def add(self, row: int) -> None:
-        x = self.x[np.array([row])][0]
+        x = self.held.gather(np.array([row]))[0]
         turned = self.inverse @ x
-        self.inverse -= np.outer(turned, turned) * (self.scale / (1 + self.scale * (x @ turned)))
+        turned *= np.sqrt(self.scale / (1 + self.scale * (x @ turned)))
+        self.inverse -= np.outer(turned, turned)
+        self.taken, self.count = _appended(self.taken, self.count, turned), self.count + 1
 
 
 class Spread:
@@ -134,7 +146,13 @@ class Spread:
         return self.near[rows]
 
     def add(self, row: int) -> None:
-        if self.count == len(self.taken):
-            self.taken = np.concatenate([self.taken, np.zeros_like(self.taken)])
-        self.taken[self.count] = self.x[np.array([row])][0]
+        self.taken = _appended(self.taken, self.count, self.x[np.array([row])][0])
         self.count += 1
+
+
+def _appended(rows: np.ndarray, count: int, row: np.ndarray) -> np.ndarray:
+    """`rows` with `row` in place `count`; twice as many where it is full."""
+    if count == len(rows):
+        rows = np.concatenate([rows, np.zeros_like(rows)])
+    rows[count] = row
+    return rows

@@ -12,6 +12,7 @@ from llmselect.kernels.cosine import unit
 from llmselect.kernels.sketch import generator, random_signs
 
 BLOCK = 8192
+HELD = 1 << 25  # numbers that `Held` keeps, 256 MB
 
 
 class Rows:
@@ -73,3 +74,29 @@ class Rows:
             part = order[start : start + BLOCK]
             out[part] = self[np.asarray(rows, np.int64)[part]]
         return out
+
+
+class Held:
+    """`gather` for rows that are asked for again and again, as lazy greedy does: the last 256 MB of them stay in memory."""
+
+    def __init__(self, x: Rows, numbers: int = HELD):
+        self.x, self.size, self.next = x, max(1, min(len(x), numbers // max(1, x.shape[1]))), 0
+        self.slot, self.row = np.full(len(x), -1, np.int32), np.full(self.size, -1, np.int64)
+        self.held = np.empty((self.size, x.shape[1]))
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Different `rows`, as `Rows.gather` reads them."""
+        rows = np.asarray(rows, np.int64)
+        found, missing = self.held[self.slot[rows]], np.flatnonzero(self.slot[rows] < 0)
+        if len(missing):
+            found[missing] = self.x.gather(rows[missing])
+            self._keep(rows[missing[-self.size :]], found[missing[-self.size :]])
+        return found
+
+    def _keep(self, rows: np.ndarray, read: np.ndarray) -> None:
+        """In the place of those that came first."""
+        at = (self.next + np.arange(len(rows))) % self.size
+        before = self.row[at]
+        self.slot[before[before >= 0]] = -1
+        self.slot[rows], self.row[at], self.held[at] = at, rows, read
+        self.next = (self.next + len(rows)) % self.size
