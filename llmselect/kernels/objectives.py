@@ -124,8 +124,7 @@ class Spread:
     """
 
     def __init__(self, x: Rows):
-        self.x = x
-        self.taken: np.ndarray = np.zeros((16, x.shape[1]))
+        self.x, self.taken = x, np.zeros((16, x.shape[1]))
         self.count, self.near, self.seen = 0, np.full(len(x), np.inf), np.zeros(len(x), np.int64)
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         center = whole / max(np.linalg.norm(whole), 1e-300)
