@@ -91,7 +91,8 @@ DEFECTS = (
     Defect("scattered rows come back in another order", "llmselect/arrays.py",
            "out[here] = self._shard(shard)[self.name][inside]",
            "out[np.sort(here)[::-1]] = self._shard(shard)[self.name][inside]", "arrays"),
-    Defect("a damaged shard is read", "llmselect/store.py", "or atomic.sha256_file(path) != expected", "", "arrays"),
+    Defect("a damaged shard is read", "llmselect/store.py", 'or atomic.sha256_file(path) != self.about(shard)["sha256"]', "",
+           "arrays"),
     Defect("a stale feature is reused", "llmselect/store.py", "self._refuse_other(name, self.open(name).spec, spec)", "pass",
            "arrays"),
 )  # fmt: skip

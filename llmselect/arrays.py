@@ -116,8 +116,12 @@ def not_finite(array: Any) -> np.ndarray:
 class Stored:
     """What arrays in a store share: their feature, the ids of its rows, and memory maps, a few at a time."""
 
+    feature: Feature
+    name: str
+    ids: Ids
     shape: tuple[int, ...]
     dtype: np.dtype
+    ndim: int
     open_shards = 32  # mapped pages count as memory of the process, so that all shards at once would be the whole pool
 
     def __init__(self, feature: Feature, name: str):
@@ -191,7 +195,9 @@ class StoredArray(Stored):
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         first = self._shard(0)[name]
-        self.shape, self.dtype, self.ndim = (feature.n, *first.shape[1:]), first.dtype, first.ndim
+        self.shape: tuple[int, ...] = (feature.n, *first.shape[1:])
+        self.dtype: np.dtype = first.dtype
+        self.ndim: int = first.ndim
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, tuple):
@@ -211,10 +217,14 @@ class StoredArray(Stored):
 class SparseArray(Stored):
     """A sparse `[n, width]` array in a store. Rows come as `scipy.sparse.csr_array`; `shards()` gives the raw maps."""
 
+    width: int
+
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         dtype, (self.width,) = feature.spec["arrays"][name]
-        self.shape, self.dtype, self.ndim = (feature.n, self.width), np.dtype(dtype.removeprefix("csr:")), 2
+        self.shape: tuple[int, ...] = (feature.n, self.width)
+        self.dtype: np.dtype = np.dtype(dtype.removeprefix("csr:"))
+        self.ndim: int = 2
 
     def _csr(self, shard: int) -> Csr:
         raw = self._shard(shard)
