@@ -19,7 +19,9 @@ class Columns:
     Errors: `UsageError` for sparse arrays and arrays computed on demand.
     """
 
-    ndim, dtype = 2, np.dtype(np.float32)
+    shape: tuple[int, int]
+    dtype: np.dtype = np.dtype(np.float32)
+    ndim: int = 2
 
     def __init__(self, arrays: Sequence[Any]):
         for one in arrays:
@@ -56,6 +58,12 @@ class Columns:
 class Subset:
     """Some rows of an array in a store, as an array of their own."""
 
+    array: Any
+    rows: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    ndim: int
+
     def __init__(self, array: Any, rows: np.ndarray):
         self.array, self.rows = array, rows
         self.shape, self.dtype, self.ndim = (len(rows), *array.shape[1:]), array.dtype, array.ndim
@@ -78,6 +86,12 @@ class Subset:
 
 class GroupColumns:
     """Some columns of an array, as an array of their own; whatever else the array has (ids, spec, …) is seen through it."""
+
+    array: Any
+    columns: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    ndim: int
 
     def __init__(self, array: Any, columns: np.ndarray):
         self.array, self.columns = array, columns

@@ -6,6 +6,7 @@ from __future__ import annotations
 # pyright: reportMissingTypeStubs=false
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,20 +55,20 @@ class Ids(Sequence[str]):
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of one safetensors file as read-only memory maps."""
+    """The arrays of one safetensors file, read-only and all in one memory map.
+
+    Not `numpy.memmap`, which resolves its path every time: scattered rows lie in a thousand files, and are read again and again.
+    """
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
     arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        if begin == end:  # an empty array cannot be mapped
-            arrays[name] = np.zeros(shape, dtype)
-        else:
-            arrays[name] = np.memmap(path, dtype, "r", offset=8 + size + begin, shape=shape)
+        dtype, shape, begin = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"][0]
+        arrays[name] = np.ndarray(shape, dtype, whole, 8 + size + begin)
     return arrays
 
 
@@ -115,8 +116,12 @@ def not_finite(array: Any) -> np.ndarray:
 class Stored:
     """What arrays in a store share: their feature, the ids of its rows, and memory maps, a few at a time."""
 
+    feature: Feature
+    name: str
+    ids: Ids
     shape: tuple[int, ...]
     dtype: np.dtype
+    ndim: int
     open_shards = 32  # mapped pages count as memory of the process, so that all shards at once would be the whole pool
 
     def __init__(self, feature: Feature, name: str):
@@ -190,7 +195,9 @@ class StoredArray(Stored):
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         first = self._shard(0)[name]
-        self.shape, self.dtype, self.ndim = (feature.n, *first.shape[1:]), first.dtype, first.ndim
+        self.shape: tuple[int, ...] = (feature.n, *first.shape[1:])
+        self.dtype: np.dtype = first.dtype
+        self.ndim: int = first.ndim
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, tuple):
@@ -210,10 +217,14 @@ class StoredArray(Stored):
 class SparseArray(Stored):
     """A sparse `[n, width]` array in a store. Rows come as `scipy.sparse.csr_array`; `shards()` gives the raw maps."""
 
+    width: int
+
     def __init__(self, feature: Feature, name: str):
         super().__init__(feature, name)
         dtype, (self.width,) = feature.spec["arrays"][name]
-        self.shape, self.dtype, self.ndim = (feature.n, self.width), np.dtype(dtype.removeprefix("csr:")), 2
+        self.shape: tuple[int, ...] = (feature.n, self.width)
+        self.dtype: np.dtype = np.dtype(dtype.removeprefix("csr:"))
+        self.ndim: int = 2
 
     def _csr(self, shard: int) -> Csr:
         raw = self._shard(shard)

@@ -68,7 +68,8 @@ class Skeleton:
 
     def layout(self, contents: Sequence[str]) -> Layout:
         """Put message texts into the template."""
-        parts, spans, supervised, at = [], [], [], 0
+        parts, at = list[str](), 0
+        spans, supervised = list[tuple[int, int]](), list[tuple[int, int]]()
         for piece, content, end in zip(self.pieces, contents, self.ends, strict=False):
             start = at + len(piece)
             at = start + len(content)
@@ -92,18 +93,23 @@ class ChatEncoder:
     message that contains `<|im_start|>assistant` forges no turn.
     """
 
+    tokenizer: Any
+    max_length: int
+    template: str
+
     def __init__(self, tokenizer: Any, max_length: int, template: str | None = None):
         if not getattr(tokenizer, "is_fast", False):
             raise UsageError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
         if max_length < 8:
             raise UsageError(f"max_length: {max_length} is too short for a chat; give at least 8")
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.template = template or tokenizer.chat_template
-        if self.template is None:
+        known: Any = template or tokenizer.chat_template
+        if known is None:
             log.info("%s has no chat template; using llmselect's default", getattr(tokenizer, "name_or_path", "tokenizer"))
-            self.template = DEFAULT_TEMPLATE
-        if not isinstance(self.template, str):
+            known = DEFAULT_TEMPLATE
+        if not isinstance(known, str):
             raise UsageError("the tokenizer has several chat templates; give template= with the one to use")
+        self.template = known
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
         self._special = np.array(sorted(tokenizer.all_special_ids), np.int32)
 
@@ -148,7 +154,7 @@ class ChatEncoder:
         rows = zip(batch["input_ids"], batch["offset_mapping"], layouts, conversations, strict=True)
         return [self._truncate(self._mark(ids, offsets, layout, messages)) for ids, offsets, layout, messages in rows]
 
-    def _mark(self, ids: list[int], offsets: list, layout: Layout, messages: Sequence[Message]) -> Encoded:
+    def _mark(self, ids: list[int], offsets: list[tuple[int, int]], layout: Layout, messages: Sequence[Message]) -> Encoded:
         tokens = np.asarray(ids, np.int32)
         start, stop = np.asarray(offsets, np.int64).reshape(-1, 2).T
         content, response = np.zeros(len(tokens), np.int8), np.zeros(len(tokens), bool)
@@ -176,7 +182,7 @@ class ChatEncoder:
         marks = [f"\u241eMESSAGE{i}\u241e" for i in range(len(roles))]
         stand_ins = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         text, tagged = self.render(stand_ins), self._tagged(stand_ins)
-        pieces, starts, at = [], [], 0
+        pieces, starts, at = list[str](), list[int](), 0
         for mark in marks:
             found = text.find(mark, at)
             if found < 0:  # the template hides this message: no skeleton fits, rows go the slow way
@@ -201,10 +207,11 @@ class ChatEncoder:
         """Character spans that the template itself marks as generated; none when it has no such tags."""
         if "generation" not in self.template or "{%" not in self.template.replace("add_generation_prompt", ""):
             return []
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        untyped: Any = chat_template_utils
         try:
-            _, spans = render_jinja_template(
+            _, spans = untyped.render_jinja_template(
                 [messages], chat_template=self.template, return_assistant_tokens_mask=True, add_generation_prompt=False,
                 **self.tokenizer.special_tokens_map,
             )  # fmt: skip
@@ -220,7 +227,7 @@ class ChatEncoder:
 
     def _by_prefixes(self, messages: Sequence[Message], text: str) -> Layout:
         """For templates that rewrite messages: find each turn by rendering the conversation up to it."""
-        contents, supervised = [], []
+        contents, supervised = list[tuple[int, int]](), list[tuple[int, int]]()
         for i, message in enumerate(messages):
             before = self.render(messages[:i]) if i else ""
             after = self.render(messages[: i + 1])

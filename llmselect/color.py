@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.folds import Folds, Sharing, deal, folds_of, shared_rows
+from llmselect.plain import is_mapping
 from llmselect.selectors.random import Random
 from llmselect.train import Train, finetune
 
@@ -56,9 +58,9 @@ def color_stage(run: Run, tokens: Any) -> None:
     with run.timed("color"):
         extract(run.pool, run.store, {TOKENS: tokens}, target=run.target, shard_rows=run.recipe.shard_rows)
         cost, target_cost = (np.asarray(run.store[f"{name}.supervised"]) for name in (TOKENS, f"{TOKENS}@target"))
-        group = np.asarray(run.target["group"])
-        for task in dict.fromkeys(group.tolist()):
-            mine, out = np.flatnonzero(group == task), run.folder / "color" / task
+        groups: list[str] = [*run.target["group"]]
+        for task in dict.fromkeys(groups):
+            mine, out = np.flatnonzero(np.array(groups) == task), run.folder / "color" / task
             # What decontamination has left shares no text with any target.
             pool = run.pool.select([]) if run.recipe.pool.decontaminate else run.pool
             target = run.target.select(mine)
@@ -122,7 +124,8 @@ def adapters_of_task(pool: Dataset, target: Dataset, cost: np.ndarray, target_co
     if (folds := Folds.load(out / CONDITIONAL)) is None:
         trainings.append((out / CONDITIONAL, f"the target (CoLoR-Filter, {CONDITIONAL})", target))
     else:
-        fold = np.array([folds.of[row_id] for row_id in target["id"]])
+        ids: list[str] = [*target["id"]]
+        fold = np.array([folds.of[row_id] for row_id in ids])
         for k, place in enumerate(folds.places(out / CONDITIONAL)):
             about = f"the target without fold {k} of {folds.count} (CoLoR-Filter, {CONDITIONAL})"
             trainings.append((place, about, target.select(np.flatnonzero(fold != k))))
@@ -142,7 +145,7 @@ def with_adapters(extractor: Any, recipe: Recipe) -> Any:
         given = getattr(extractor, key, None)
         if given == "trained" and recipe.color:
             own[key] = {task: str(recipe.folder / "color" / task / key) for task in recipe.targets}
-        elif isinstance(given, Mapping):
+        elif is_mapping(given):
             own[key] = {task: given[task] for task in sorted(given, key=[*recipe.targets, *given].index)}
     return replace(extractor, **own)
 
@@ -153,6 +156,6 @@ def check_adapters(extractor: Any, recipe: Recipe, name: str) -> None:
         given = getattr(extractor, key, None)
         if given == "trained":
             raise UsageError(f"features.{name}: adapters 'trained' need a color: section; or give folders")
-        if isinstance(given, Mapping) and set(given) != set(recipe.targets):
+        if is_mapping(given) and set(given) != set(recipe.targets):
             raise UsageError(f"features.{name}.{key}: folders for {list(given)}; give one for each of the targets "
                              f"{list(recipe.targets)}, or one for all")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +117,7 @@ def measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
     model = run.recipe.model
     adapter = None if seed is None else run.folder / "adapters" / method / f"seed-{seed}"
     made = trained(run, method, seed)["key"] if adapter else None
-    tests = {name: config.fingerprint(list(data["id"])) for name, data in run.tests.items()}
+    tests = {name: config.fingerprint([*data["id"]]) for name, data in run.tests.items()}
     key = {"model": model.path, "max_length": model.max_length, "dtype": model.dtype, "adapter": made, "tests": tests}
     out = run.folder / "evaluation" / method / f"seed-{seed}.json" if adapter else run.folder / "evaluation" / "base.json"
     found: dict[str, Any] = {}
@@ -146,7 +148,7 @@ def trained(run: Run, method: str, seed: int | None) -> dict[str, Any]:
     return atomic.read_sealed(adapter / "train.json", f"delete {adapter} and run again")
 
 
-def _row(run: Run, method: str, cells: Sequence[dict[str, np.ndarray]], losses: dict[str, list]) -> Row:
+def _row(run: Run, method: str, cells: Sequence[dict[str, np.ndarray]], losses: dict[str, list[dict[str, np.ndarray]]]) -> Row:
     tasks = list(run.tests)
     stacked = [np.stack([cell[task] for cell in cells]) for task in tasks]
     interval = bootstrap(stacked)
@@ -175,8 +177,8 @@ def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
     """Rows and supervised tokens selected, seconds to select and to train (means over seeds)."""
     if method == BASE:
         return 0, 0, None, None
-    cost, seconds = run.store[f"{TOKENS}.supervised"], []
-    found = []
+    cost = run.store[f"{TOKENS}.supervised"]
+    found, seconds = list[tuple[int, int]](), list[float]()
     for seed in run.recipe.seeds:
         selection = chosen(run, method, seed)[1]
         found.append(

@@ -25,7 +25,10 @@ __all__ = [
     "to_dict",
 ]  # fmt: skip
 
-T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", type(None): "null",
 }  # fmt: skip
@@ -42,7 +45,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     if not is_mapping(data):
         raise _wrong(where, cls, data)
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
         if key not in known:
             allowed = ", ".join(known) or "none"
@@ -103,8 +106,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(value == a and type(value) is type(a) for a in arguments):
             return value
         raise _wrong(where, hint, value)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
     if kind in (list, tuple):
         return _convert_sequence(hint, kind, arguments, value, where)
     if kind is dict:

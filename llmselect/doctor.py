@@ -135,7 +135,7 @@ def disks(runs: Path) -> dict[str, dict[str, Any]]:
     from huggingface_hub import constants
 
     data = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
-    found = {}
+    found = dict[str, dict[str, Any]]()
     for name, folder in (("runs", runs), ("hub_cache", Path(constants.HF_HUB_CACHE)), ("datasets_cache", data)):
         there = folder.expanduser().absolute()
         while not there.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import json
 import tempfile
 import time
@@ -99,7 +101,7 @@ def _forward(run: Run) -> float:
     """Seconds per row of a plain forward pass, without those of loading the model."""
     from llmselect.evaluate import row_losses
 
-    model, took = run.recipe.model, []
+    model, took = run.recipe.model, list[float]()
     sizes = [1, min(len(run.pool), FORWARD_ROWS)]
     for rows in sizes:
         start = time.monotonic()
@@ -114,7 +116,8 @@ def _costly(run: Run) -> dict[str, tuple[float, float]]:
     from llmselect.engine.extraction import groups_of
     from llmselect.engine.passes import Pass, default_batch_tokens, fit
 
-    found, few = {}, run.pool.select(np.unique(np.linspace(0, len(run.pool) - 1, FEW).astype(int)))
+    found = dict[str, tuple[float, float]]()
+    few = run.pool.select(np.unique(np.linspace(0, len(run.pool) - 1, FEW).astype(int)))
     for name in run.recipe.features:
         one = run.recipe.extractor(name)
         if not one.costly or run.recipe.lazy(name):
@@ -122,8 +125,9 @@ def _costly(run: Run) -> dict[str, tuple[float, float]]:
         backbone = Backbone(one.model, None if one.adapter == "warmup" else one.adapter, one.dtype, one.max_length)
         passing = Pass(backbone, {name: one}, {}, {}, groups_of(run.target), run.recipe.batch_tokens or default_batch_tokens())
         fit(passing, run.target, run.pool)
+        some: dict[str, Any] = few[:]
         start = time.monotonic()
-        made = passing.compute(few["messages"][:], few["id"][:], [name])[name]
+        made = passing.compute(some["messages"], some["id"], [name])[name]
         size = sum(array.nbytes for array in made.values())
         found[name] = (time.monotonic() - start) / len(few), size / len(few)
     return found

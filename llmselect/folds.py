@@ -6,6 +6,8 @@ template (`llmselect.decontaminate`).
 
 from __future__ import annotations
 
+# datasets and scipy have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -60,8 +62,8 @@ class Sharing:
     """Which rows of a target other rows share text with."""
 
     def __init__(self, target: Dataset):
-        self.ids = list(target["id"])
-        self.text = Contamination().add(target)
+        self.ids: list[str] = [*target["id"]]
+        self.text: Contamination = Contamination().add(target)
         self._number = {row_id: i for i, row_id in enumerate(self.ids)}
 
     def rows(self, row_id: str, messages: Any) -> list[int]:
@@ -81,7 +83,8 @@ class Sharing:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        pairs = [(i, j) for i, messages in enumerate(target["messages"]) for j in self._by_text(messages)]
+        chats: list[Any] = [*target["messages"]]
+        pairs = [(i, j) for i, messages in enumerate(chats) for j in self._by_text(messages)]
         ends = np.array(pairs, np.int64).reshape(-1, 2)
         graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(self.ids),) * 2)
         return connected_components(graph, directed=False)[1]
@@ -89,9 +92,9 @@ class Sharing:
 
 def shared_rows(pool: Dataset, sharing: Sharing, batch: int = 1000) -> dict[str, list[int]]:
     """The ids of the pool rows that share text with the target, and with which of its rows."""
-    found = {}
+    found = dict[str, list[int]]()
     for start in range(0, len(pool), batch):
-        part = pool.select_columns(["id", "messages"])[start : start + batch]
+        part: dict[str, list[Any]] = pool.select_columns(["id", "messages"])[start : start + batch]
         for row_id, messages in zip(part["id"], part["messages"], strict=True):
             if rows := sharing.rows(row_id, messages):
                 found[row_id] = rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 import datetime
 import json
 import os
@@ -83,7 +85,7 @@ def load_rows(file: str, data: str | None = None, **_: Any) -> dict[str, Any]:
     path = Path(folder).expanduser() / file
     if not path.is_file():
         raise UsageError(f"data: no file {path}; the task reads {file} below the folder given")
-    rows = []
+    rows = list[dict[str, Any]]()
     for origin, row in read_file(path, 1 << 30):
         if isinstance(row, Invalid):
             raise LlmselectError(f"{path}: {origin}: {row.detail}")
@@ -182,7 +184,10 @@ def _vllm(backbone: Backbone, stack: ExitStack) -> Any:
 
 def _plain(found: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """What `simple_evaluate` returns as JSON: lm-eval keeps a value under `metric,filter`, its error beside it."""
-    number = lambda value: float(value) if isinstance(value, int | float) or hasattr(value, "dtype") else None  # noqa: E731
+
+    def number(value: Any) -> float | None:
+        return float(value) if isinstance(value, int | float) or hasattr(value, "dtype") else None
+
     tasks: dict[str, dict[str, dict[str, float | None]]] = {}
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -218,7 +223,7 @@ def eval_results_yaml(folder: str | Path, results: Mapping[str, Any], datasets: 
             **({"notes": notes} if notes else {})}  # fmt: skip
     import yaml
 
-    written = []
+    written = list[Path]()
     for task, entry in entries.items():
         path = Path(folder) / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', task)}.yaml"
         atomic.write_text(path, yaml.safe_dump([{**entry, **more}], sort_keys=False, allow_unicode=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,8 @@ def token_heat(store: FeatureStore, feature: str, pool: Dataset, rows: Sequence[
 
     tops = {name: np.asarray(store[f"{feature}.{name}"][chosen])[:, group] for name in TOPS}
     encoder = Backbone(model, max_length=max_length).encoder
-    encoded = encoder.encode([pool[int(row)]["messages"] for row in chosen])
+    messages: list[Any] = [pool[int(row)]["messages"] for row in chosen]
+    encoded = encoder.encode(messages)
     return Heat([parts({name: of[i] for name, of in tops.items()}, encoded[i].ids, encoder, around) for i in range(len(chosen))])
 
 
@@ -55,7 +58,10 @@ def parts(top: dict[str, np.ndarray], ids: np.ndarray | None, encoder: Any, arou
     found = {int(top["top_position"][i]): (int(top["top_token"][i]), round(float(top["top_score"][i]), 4)) for i in kept}
     if ids is None or any(at >= len(ids) or ids[at] != token for at, (token, _) in found.items()):
         return [[f"token {token} ", score] for token, score in found.values()]
-    text = lambda part: encoder.tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False)  # noqa: E731
+
+    def text(part: np.ndarray) -> str:
+        return encoder.tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False)
+
     pieces: list[list[Any]] = []
     end = 0
     for at in sorted(found):

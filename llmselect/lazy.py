@@ -40,13 +40,27 @@ class LazyArray:
     """
 
     lazy = True
+    folder: Path
+    name: str
+    ids: Ids
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    ndim: int
+    compute: Compute
+    part: int
+    rank: int
+    world: int
+    barrier: Callable[[], None]
+    place: np.ndarray  # where a row is in `values`; -1: not computed yet
+    values: np.ndarray
+    requests: int
 
     def __init__(self, folder: Path, name: str, tail: tuple[int, ...], ids: Ids, compute: Compute, *, part: int = PART,
                  rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None):  # fmt: skip
         self.folder, self.name, self.ids, self.compute, self.part = folder, name, ids, compute, part
         self.rank, self.world, self.barrier = rank, world, barrier
         self.shape, self.dtype, self.ndim = (len(ids), *tail), np.dtype(np.float32), 1 + len(tail)
-        self.place = np.full(len(ids), -1, np.int32)  # where a row is in `values`
+        self.place = np.full(len(ids), -1, np.int32)
         self.values = np.zeros((0, *tail), np.float32)
         self.requests = 0
         for file in sorted(folder.glob("[0-9]*[0-9].npy")):

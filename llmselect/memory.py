@@ -38,9 +38,10 @@ def remembered(place: str) -> Iterator[dict[str, Any]]:
 
     check_memory(place)
     folder = Path(place).expanduser()
-    data = open_rows(account.intact(_run(folder), "pool/pool.arrow"))
+    data: Any = open_rows(account.intact(_run(folder), "pool/pool.arrow"))
     usable = np.load(account.intact(_run(folder), "pool/usable.npy"), allow_pickle=False)
-    licence = (account.read(_run(folder)).get("dataset") or {}).get("licence") or NOT_STATED  # not that of the new pool
+    stated: dict[str, Any] = account.read(_run(folder)).get("dataset") or {}
+    licence = stated.get("licence") or NOT_STATED  # not that of the new pool
     rows: Any = Selection.load(folder).to_dataset(data.select(usable))
     for row in rows:
         yield {**row, "license": row.get("license") or licence}
@@ -51,7 +52,7 @@ def seed_of(run: Run, seed: int) -> int:
     were picked by theirs would be picked by them again, before all new ones."""
     if run.recipe.pool.memory is None:
         return seed
-    old = run.opened("pool")[: account.read(run.folder)["pool"]["remembered"]]["id"]
+    old: list[str] = [*run.opened("pool")[: account.read(run.folder)["pool"]["remembered"]]["id"]]
     return int(config.fingerprint({"seed": seed, "memory": old})[:8], 16)
 
 

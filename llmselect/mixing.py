@@ -13,6 +13,8 @@ from llmselect.selection import Budget, Selection
 from llmselect.selectors._base import Selector, inputs_of
 
 REST = "*"
+Inputs = dict[str, Any]
+Amounts = dict[str, float]  # by source or group: a share of the budget, or rows or tokens
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class Limits:
     stands for each source that is not named; in `proportions` for all of them together.
     """
 
-    caps: dict[str, float] = field(default_factory=dict, metadata={"help": "at most, e.g. {wiki: 0.3, '*': 0.5}"})
-    floors: dict[str, float] = field(default_factory=dict, metadata={"help": "at least, as far as the source has rows"})
-    proportions: dict[str, float] = field(default_factory=dict, metadata={"help": "exactly, e.g. {math: 0.5, '*': 0.5}"})
-    quotas: dict[str, float] = field(default_factory=dict, metadata={"help": "share of the picks that each target makes"})
+    caps: Amounts = field(default_factory=Amounts, metadata={"help": "at most, e.g. {wiki: 0.3, '*': 0.5}"})
+    floors: Amounts = field(default_factory=Amounts, metadata={"help": "at least, as far as the source has rows"})
+    proportions: Amounts = field(default_factory=Amounts, metadata={"help": "exactly, e.g. {math: 0.5, '*': 0.5}"})
+    quotas: Amounts = field(default_factory=Amounts, metadata={"help": "share of the picks that each target makes"})
 
     def __post_init__(self) -> None:
         for kind in ("caps", "floors", "proportions", "quotas"):
@@ -138,7 +140,7 @@ def _units(value: float, total: int, up: bool = False) -> int:
     return int(np.ceil(value * total - 1e-9)) if up else int(value * total + 1e-9)
 
 
-def _tasks(selector: Selector, limits: Limits, inputs: dict[str, Any], groups: np.ndarray) -> dict[str, tuple[dict, float]]:
+def _tasks(selector: Selector, limits: Limits, inputs: Inputs, groups: np.ndarray) -> dict[str, tuple[Inputs, float]]:
     """The selector's inputs for each target group that ranks alone, and its share of the picks."""
     wanted = inputs_of(type(selector))
     named = inputs.get("target_groups")
@@ -149,7 +151,7 @@ def _tasks(selector: Selector, limits: Limits, inputs: dict[str, Any], groups: n
     for name in limits.quotas:
         if name not in known:
             raise UsageError(f"limits.quotas.{name}: no such target group.{nearest(name, known)} There are: {known}")
-    found = {}
+    found = dict[str, tuple[Inputs, float]]()
     for name, share in limits.quotas.items():
         rows = np.asarray(named) == name
         if "target" in wanted:

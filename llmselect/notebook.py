@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmselect.errors import UsageError
+from llmselect.plain import is_mapping
 
 if TYPE_CHECKING:
     from llmselect.selection import Selection
@@ -55,7 +56,9 @@ class Heat:
         return "<div>" + "".join(f"<p style='white-space:pre-wrap'>{line}</p>" for line in lines) + "</div>"
 
     def __repr__(self) -> str:
-        marked = lambda text, score: text if score is None else f"[{text}]{score:.2f}"  # noqa: E731
+        def marked(text: str, score: float | None) -> str:
+            return text if score is None else f"[{text}]{score:.2f}"
+
         return "\n".join("".join(marked(*piece) for piece in one) for one in self.texts)
 
 
@@ -73,7 +76,8 @@ def rows_table(selection: Selection, pool: Any, rows: int = 5, start: int = 0) -
     Errors: `LlmselectError` when `pool` is not the pool selected from.
     """
     part = slice(start, start + rows)
-    chosen = selection.to_dataset(pool).select(range(*part.indices(len(selection))))
+    chosen: Any = selection.to_dataset(pool)
+    chosen = chosen.select(range(*part.indices(len(selection))))
     columns: dict[str, Sequence[Any]] = {"rank": list(range(start + 1, start + 1 + len(chosen)))}
     if "source" in chosen.column_names:
         columns["source"] = list(chosen["source"])
@@ -97,11 +101,11 @@ def _why(selection: Selection, part: slice) -> dict[str, list[Any]]:
 def selection_html(selection: Selection) -> str:
     """What made a selection, and its first rows with their scores and evidence."""
     told = selection.provenance
-    facts = {"rows": f"{len(selection):,} of {selection.n:,}", "selector": told.get("selector", "by hand"),
+    facts: dict[str, Any] = {"rows": f"{len(selection):,} of {selection.n:,}", "selector": told.get("selector", "by hand"),
              **{key: told[key] for key in ("method", "seed") if key in told}}  # fmt: skip
-    if isinstance(told.get("budget"), Mapping):
-        facts["budget"] = ", ".join(_amount(kind, value) for kind, value in told["budget"].items())
-    first, columns = slice(0, ROWS), {}
+    if is_mapping(budget := told.get("budget")):
+        facts["budget"] = ", ".join(_amount(kind, value) for kind, value in budget.items())
+    first, columns = slice(0, ROWS), dict[str, list[Any]]()
     columns["rank"] = list(range(1, len(selection.indices[first]) + 1))
     columns["row"] = selection.indices[first].tolist()
     if selection.ids is not None:
@@ -118,7 +122,7 @@ def _amount(kind: str, value: Any) -> str:
 
 def store_html(store: FeatureStore) -> str:
     """The features of a store: extractor, rows, arrays, and whether they are complete."""
-    lines = []
+    lines = list[tuple[str, ...]]()
     for name in store.names():
         feature = store.open(name)
         arrays = ", ".join(f"{one} {dtype} {[feature.n, *shape]}" for one, (dtype, shape) in feature.spec["arrays"].items())
@@ -135,12 +139,15 @@ def _facts(facts: dict[str, Any]) -> str:
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]], characters: int = CHARACTERS) -> str:
     # Notebooks align cells to the right, which is for numbers; a heading stands as its column does.
-    left = lambda value: "" if isinstance(value, int | float | np.number) else " style='text-align:left'"  # noqa: E731
+    def left(value: Any) -> str:
+        return "" if isinstance(value, int | float | np.number) else " style='text-align:left'"
+
+    def row(line: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<td{left(one)}>{_text(one, characters)}</td>" for one in line) + "</tr>"
+
     columns = lines[0] if lines else head
     top = "".join(f"<th{left(one)}>{_text(name)}</th>" for name, one in zip(head, columns, strict=True))
-    row = lambda line: "".join(f"<td{left(one)}>{_text(one, characters)}</td>" for one in line)  # noqa: E731
-    body = "".join(f"<tr>{row(line)}</tr>" for line in lines)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(map(row, lines))}</tbody></table>"
 
 
 def _text(value: Any, characters: int = CHARACTERS) -> str:
@@ -150,7 +157,7 @@ def _text(value: Any, characters: int = CHARACTERS) -> str:
 def plain_text(value: Any, characters: int = CHARACTERS) -> str:
     """A value in few words: four digits of a number, the first numbers of an array, the beginning of a text."""
     if isinstance(value, float | np.floating):
-        text = f"{float(value):.4g}"
+        text = f"{value:.4g}"
     elif isinstance(value, np.ndarray):
         text = ", ".join(f"{one:.4g}" for one in value.ravel()[:COLUMNS].tolist())
     else:

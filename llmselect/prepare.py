@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and pyarrow have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import array
 import io
 import json
@@ -83,13 +85,14 @@ def _prepare(run: Run) -> None:
 
 
 def _read_rows(run: Run) -> dict[str, Any]:
-    from llmselect.pool import read_pool
+    from llmselect.pool import PoolReport, read_pool
 
-    recipe, reports = run.recipe, {}
+    recipe, reports = run.recipe, dict[str, PoolReport]()
     source: PoolSource = recipe.pool
-    evaluation = []
+    evaluation: list[Dataset] = []
     for name, task in recipe.targets.items():
-        shared = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid, "subset": task.subset}
+        shared: dict[str, Any] = {"columns": task.columns, "group": name, "max_invalid": source.max_invalid,
+                                  "subset": task.subset}  # fmt: skip
         dev, reports[f"targets.{name}"] = read_pool(
             task.dev, split=task.dev_split, limit=task.dev_limit, workdir=run.folder / f"targets/{name}", **shared
         )
@@ -113,9 +116,10 @@ def _usable(run: Run) -> dict[str, Any]:
     from llmselect.engine.backbone import Backbone
 
     encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length).encoder
-    data, keep, rejected = run.opened("pool"), array.array("q"), []
+    data, keep = run.opened("pool"), array.array("q")
+    rejected = list[dict[str, str]]()
     for start in range(0, len(data), 1000):
-        part = data[start : start + 1000]
+        part: dict[str, list[Any]] = data[start : start + 1000]
         for i, row in enumerate(_encoded(encoder, part["messages"])):
             if isinstance(row, LlmselectError):
                 reason, why = "template_refuses", str(row)[:300]
@@ -155,7 +159,7 @@ def _encoded(encoder: Any, conversations: list[Any]) -> list[Any]:
 
 def set_aside(run: Run, features: list[str]) -> None:
     """Rows with a feature that is not finite join the quarantine; methods that read the feature leave them out."""
-    found = []
+    found = list[tuple[int, str, str]]()
     for name in features:
         feature = run.store.open(name)
         for key, rows in feature.non_finite.items():
@@ -170,16 +174,18 @@ def semantic_duplicates(run: Run) -> np.ndarray | None:
     recipe, file = run.recipe, run.folder / "semantic_duplicates.parquet"
     if recipe.dedup is None:
         return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow
+    import pyarrow.parquet
 
     from llmselect import semdedup
 
+    pa: Any = pyarrow
+    pq: Any = pyarrow.parquet
     x: Any = run.store[recipe.dedup.x]
     names = [name for name in (recipe.dedup.x, recipe.dedup.quality) if name]
     specs = {name: dict(run.store.open(name.partition(".")[0]).spec) for name in names}
     key = config.fingerprint({"dedup": config.to_dict(recipe.dedup), "features": specs})
-    if file.exists() and (pq.read_schema(file).metadata or {}).get(b"key", b"").decode() == key:
+    if file.exists() and (pq.read_schema(file).metadata or dict[bytes, bytes]()).get(b"key", b"").decode() == key:
         return pq.read_table(file)["index"].to_numpy()
     good = np.delete(np.arange(len(x)), x.non_finite)
     asked = recipe.dedup
@@ -219,6 +225,6 @@ def shared_strings(data: Dataset, column: str) -> np.ndarray:
     """`[n]` strings of a column with few distinct values, each value held once."""
     out, known = np.empty(len(data), object), dict[str, str]()
     for start in range(0, len(data), 8192):
-        part = data.select_columns([column])[start : start + 8192][column]
-        out[start : start + len(part)] = [known.setdefault(one, one) for one in part]
+        part: dict[str, list[str]] = data.select_columns([column])[start : start + 8192]
+        out[start : start + 8192] = [known.setdefault(one, one) for one in part[column]]
     return out

@@ -104,7 +104,8 @@ def expected(recipe: Recipe) -> dict[str, Any]:
         rows = budget.rows_of(count_rows(recipe))
     else:
         rows = budget.rows
-    share, so_far, rounds = rows_per_round(rows, settings.rounds), 0, []
+    share, so_far = rows_per_round(rows, settings.rounds), 0
+    rounds = list[dict[str, int]]()
     for number, new in enumerate(share, 1):
         so_far += new
         most = so_far if settings.clusters is None else min(so_far, settings.clusters * settings.probe)
@@ -139,14 +140,14 @@ def report(run: Run) -> dict[str, Any]:
 
 def report_text(found: dict[str, Any], shown: int = 8) -> str:
     """The clusters of largest final weight: size, and for each round weight, new rows and mean score."""
-    lines = []
+    lines = list[str]()
     for seed, one in found.items():
         rounds = one["rounds"]
         order = np.argsort(-np.array(rounds[-1]["weights"]), kind="stable")[:shown]
         head = " ".join(f"| w{i} rows S".ljust(24) for i in range(1, len(rounds) + 1))
         lines += [f"{seed}: {one['rows']} rows, {len(one['sizes'])} clusters", f"  cluster     size {head}"]
         for j in order.tolist():
-            cells = []
+            cells = list[str]()
             for each in rounds:
                 mean = each.get("mean_score", {j: None})[j]
                 score = "" if mean is None else f"{mean:+.3f}"

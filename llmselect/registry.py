@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# A class of any kind of method.
-# pyright: reportUnknownMemberType=false
 import importlib
 import inspect
 import logging
@@ -25,6 +23,10 @@ SECTIONS = ("Paper", "Objective", "Inputs", "Cost", "Deviations", "Defaults", "U
 
 class Registry:
     """Classes of one kind by name. Adding one is a file in the package, or an entry point elsewhere."""
+
+    kind: str
+    package: str
+    group: str
 
     def __init__(self, kind: str, package: str, group: str):
         self.kind, self.package, self.group = kind, package, group
@@ -94,12 +96,12 @@ def elsewhere(name: str) -> str:
     return f" '{name}' is {'an' if kind == 'extractor' else 'a'} {kind}: {uses[kind]}." if kind else ""
 
 
-selectors = Registry("selector", "llmselect.selectors", "llmselect.selectors")
-extractors = Registry("extractor", "llmselect.extractors", "llmselect.extractors")
-schedules = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
+selectors: Registry = Registry("selector", "llmselect.selectors", "llmselect.selectors")
+extractors: Registry = Registry("extractor", "llmselect.extractors", "llmselect.extractors")
+schedules: Registry = Registry("schedule", "llmselect.dynamic.schedules", "llmselect.schedules")
 
 
-def describe(cls: type) -> dict[str, Any]:
+def describe(cls: type[Any]) -> dict[str, Any]:
     """What `llmselect show` prints: the sections of the module docstring and the hyper-parameters."""
     text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
     title, _, body = text.partition("\n")

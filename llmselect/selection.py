@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-# pyarrow has no types.
+# datasets and pyarrow have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 import importlib
 import io
@@ -20,6 +19,7 @@ import numpy as np
 
 from llmselect import atomic
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.plain import is_mapping
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,8 +40,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("rows", "fraction", "tokens"):
-            if isinstance(value := getattr(self, name), np.generic):  # what arithmetic on arrays gives
-                object.__setattr__(self, name, value.item())
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         given: list[Any] = [v for v in (self.rows, self.fraction, self.tokens) if v is not None]
         if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
             raise UsageError(f"a budget has exactly one of rows, fraction, tokens; {_ALLOWED}")
@@ -60,8 +59,8 @@ class Budget:
         """
         if isinstance(value, Budget):
             return value
-        value = value.item() if isinstance(value, np.generic) else value
-        if isinstance(value, Mapping):
+        value = _plain(value)
+        if is_mapping(value):
             if unknown := set(value) - {"rows", "fraction", "tokens"}:
                 raise UsageError(f"{sorted(map(str, unknown))[0]!r} is no kind of budget; {_ALLOWED}")
             return cls(**value)
@@ -73,7 +72,9 @@ class Budget:
             raise UsageError(f"{reprlib.repr(value)} is not a budget; {_ALLOWED}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UsageError(f"{reprlib.repr(value)} is not a budget; {_ALLOWED}")
-        return cls(fraction=value) if isinstance(value, float) and 0 < value < 1 else cls(rows=value)  # type: ignore[arg-type]
+        if isinstance(value, float) and 0 < value < 1:
+            return cls(fraction=value)
+        return cls(rows=value)  # pyright: ignore[reportArgumentType] - __post_init__ refuses 2.5
 
     def rows_of(self, n: int) -> int:
         """Rows of a pool of `n`: never over, at least one. Errors: `UsageError` when the pool is smaller."""
@@ -87,6 +88,11 @@ class Budget:
     def plain(self) -> dict[str, Any]:
         """As a mapping with its one key."""
         return {k: v for k, v in (("rows", self.rows), ("fraction", self.fraction), ("tokens", self.tokens)) if v is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy, as arithmetic on arrays gives them, as one of Python; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _checksum(about: Mapping[str, Any]) -> str:
@@ -176,7 +182,7 @@ class Selection:
         if len(pool) != self.n:
             raise LlmselectError(f"this selection is from a pool of {self.n} rows, the one given has {len(pool)}")
         chosen = pool.select(self.indices)
-        if self.ids is not None and "id" in chosen.column_names and list(chosen["id"]) != list(self.ids):
+        if self.ids is not None and "id" in chosen.column_names and [*chosen["id"]] != [*self.ids]:
             raise LlmselectError("the ids of this pool's rows are not those selected: it is another pool, or reordered")
         return chosen.select(np.repeat(np.arange(len(self)), self.repetitions())) if repeat else chosen
 
@@ -231,9 +237,11 @@ class Selection:
             atomic.write_json(beside / "selection.json", about)
 
     def _table(self) -> bytes:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow
+        import pyarrow.parquet
 
+        pa: Any = pyarrow
+        pq: Any = pyarrow.parquet
         columns: dict[str, Any] = {"rank": np.arange(len(self)), "index": self.indices}
         if self.ids is not None:
             columns["id"] = list(self.ids)
@@ -247,11 +255,13 @@ class Selection:
     @classmethod
     def load(cls, folder: Path | str) -> Selection:
         """Read what `save` wrote. Errors: `LlmselectError` naming a missing or damaged file."""
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
 
+        pq: Any = pyarrow.parquet
         folder = Path(folder)
         if not (folder / "selection.json").exists():
             raise LlmselectError(f"{folder} holds no selection (no selection.json)")
+        about: dict[str, Any]
         try:
             text = (folder / "selection.json").read_bytes()
             about = json.loads(text)

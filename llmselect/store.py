@@ -15,9 +15,8 @@ A feature on the target rows is called `<feature>@target`; one array of several 
 
 from __future__ import annotations
 
-# What JSON gives has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# safetensors has types in part.
+# pyright: reportUnknownVariableType=false
 import hashlib
 import json
 import re
@@ -35,6 +34,7 @@ from llmselect import atomic
 from llmselect.arrays import Csr, Ids, SparseArray, StoredArray, digest_ids, not_finite, read_shard
 from llmselect.errors import LlmselectError, UsageError, nearest
 from llmselect.lazy import Compute, LazyArray
+from llmselect.plain import is_mapping
 
 VALUE = "value"  # the array meant by a feature's bare name
 SHARD_ROWS = 1024
@@ -163,7 +163,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path | str):
-        self.path = Path(path)
+        self.path: Path = Path(path)
 
     def names(self) -> list[str]:
         """The features in the store, complete or not."""
@@ -264,7 +264,7 @@ class FeatureStore:
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if is_mapping(old) and is_mapping(new):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
     elif old != new:

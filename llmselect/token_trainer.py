@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 import logging
 from functools import lru_cache
 from pathlib import Path
@@ -96,7 +98,7 @@ class _Planned:
         """
         from torch import tensor
 
-        tokens = sum(stop - start for _, start, stop in self.batches.plan.steps[self.state.global_step])
+        tokens = sum(stop - start for _, start, stop in self.batches.plan.steps[int(self.state.global_step)])
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         device = self.args.device
         if device.type != "cpu" or not plain or return_outputs:
@@ -131,7 +133,11 @@ def supervised_nll(model: Any, head: Any, inputs: dict[str, Any]) -> Tensor:
 
     told = inputs["labels"][:, 1:]
     keep = told != -100
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][keep], *args[1:]))
+
+    def predicting(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0][:, :-1][keep], *args[1:]
+
+    hook = head.register_forward_pre_hook(predicting)
     try:
         logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
     finally:
@@ -179,7 +185,7 @@ def run(trainer: Any, rows: Dataset) -> float:
 def _refusal(trainer: Any, rows: Dataset, step: int, what: str) -> LlmselectError:
     plan = trainer.batches.plan
     numbers = list(dict.fromkeys(plan.numbers[row] for row, _, _ in plan.steps[step]))
-    ids = [rows[number]["id"] for number in numbers[:8]]
+    ids: list[str] = [rows[number]["id"] for number in numbers[:8]]
     more = f" and {len(numbers) - len(ids)} more" if len(numbers) > len(ids) else ""
     return LlmselectError(
         f"training diverged: the {what} of step {step + 1} of {len(plan.steps)} is not finite "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and accelerate have no types.
+# pyright: reportMissingTypeStubs=false
 import json
 import logging
 import os
@@ -9,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmselect")
 
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-SFT = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+SFT: dict[str, Any] = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
        "gradient_checkpointing": False, "logging_steps": 10, "report_to": "none"}  # fmt: skip
 _RESPONSES, _COMPLETE = "nothing: responses are always what is learned", "nothing: an adapter is saved once, complete"
 CHECKPOINTS = "checkpoints"
@@ -68,8 +70,8 @@ class Train:
         default=None, metadata={"help": "other rows every epoch, {name: rs2, budget: 10%}; null: all rows"}
     )
     checkpoints: int = field(default=0, metadata={"help": "keep adapter and optimizer state at this many equal parts (LESS)"})
-    sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "TRL SFTConfig settings by their own names"})
-    lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "PEFT LoraConfig settings by their own names"})
+    sft: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"help": "TRL SFTConfig settings by their own names"})
+    lora: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"help": "PEFT LoraConfig settings by their own names"})
 
     def __post_init__(self) -> None:
         for name in ("tokens", "epochs", "batch_tokens", "micro_tokens", "max_length"):
@@ -142,7 +144,8 @@ def _sft(train: Train, *, cuda: bool = False, **ours: Any) -> Any:
 def _lora(train: Train) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **train.lora})
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **LORA, **train.lora}
+    return LoraConfig(**settings)
 
 
 def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, dtype: str = "float32",
@@ -176,7 +179,7 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     from llmselect.token_trainer import gathered, keep_checkpoints, run
 
     backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
-    ids = list(rows["id"])
+    ids: list[str] = [*rows["id"]]
     key = {"model": model, "weights": _weights(backbone), "tokens": backbone.encoder.fingerprint,
            "rows": config.fingerprint(ids), "train": _settings(train), "seed": seed,
            "dtype": dtype, "max_length": backbone.encoder.max_length}  # fmt: skip
@@ -214,7 +217,7 @@ def _weights(backbone: Any) -> str:
 
 
 @lru_cache(maxsize=8)
-def _digest(path: str, stamps: tuple) -> str:
+def _digest(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
     from llmselect.engine.backbone import weights_digest
 
     return weights_digest(path)
@@ -232,7 +235,7 @@ def _finished(out: Path, key: dict[str, Any]) -> TrainResult | None:
     for name, digest in stored["sha256"].items():
         if not (out / name).exists() or atomic.sha256_file(out / name) != digest:
             raise LlmselectError(f"{out / name} is damaged or missing; delete {out} and run again")
-    return TrainResult(**{**stored["result"], "adapter": str(out)})
+    return replace(TrainResult(**stored["result"]), adapter=str(out))
 
 
 def _encode(backbone: Any, rows: Dataset, numbers: Any) -> list[Encoded]:
@@ -241,7 +244,8 @@ def _encode(backbone: Any, rows: Dataset, numbers: Any) -> list[Encoded]:
     found = backbone.encoder.encode(rows[list(numbers)]["messages"])
     for row in found:
         row.response[:1] = False  # nothing precedes the first token: it cannot be predicted
-    if empty := [rows[n]["id"] for n, row in zip(numbers, found, strict=True) if not row.response.any()]:
+    empty: list[str] = [rows[n]["id"] for n, row in zip(numbers, found, strict=True) if not row.response.any()]
+    if empty:
         raise LlmselectError(
             f"{len(empty)} rows have no supervised token within max_length={backbone.encoder.max_length}: "
             f"{', '.join(empty[:5])}; raise max_length or leave them out of the pool"
@@ -261,7 +265,7 @@ def _trainer(backbone: Any, plan: Schedule, train: Train, seed: int, scratch: st
     micro_tokens = train.micro_tokens or (16384 if cuda else 2048)
     if packing:
         check_packing(backbone.causal_lm, backbone.pad)
-    state = PartialState()
+    state: Any = PartialState()
     count = accumulation(plan, micro_tokens, state.num_processes, packing)
     collate = packed(backbone.pad, backbone.encoder.max_length) if packing else padded(backbone.pad)
     batches = MicroBatches(plan, collate, count, state.num_processes, state.process_index, packing)

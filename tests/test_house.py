@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +30,9 @@ TOP = {
 }
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "manager", "misc"}
 CODE_RUNNERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNTYPED = "reportMissingTypeStubs", "reportUnknownMemberType", "reportUnknownVariableType"  # of libraries without types
+OFF = re.compile(rf"# pyright: (?:{'|'.join(UNTYPED)})=false(?:, (?:{'|'.join(UNTYPED)})=false)*")
+IGNORED = re.compile(r"# pyright: ignore\[report\w+\] - \w.*")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -43,6 +48,7 @@ def python(*folders: str) -> list[str]:
     return [name for name in files() if name.endswith(".py") and name.startswith(tuple(f"{f}/" for f in folders))]
 
 
+@cache
 def tree(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text("utf-8"), name)
 
@@ -103,6 +109,18 @@ def definitions(module: ast.Module) -> list[tuple[str, ast.AST]]:
     return found
 
 
+def loosened(text: str) -> list[str]:
+    """Comments that let pass more than what libraries without types return, or that do not say why."""
+    found, before = [], ""
+    for number, line in enumerate(text.splitlines(), 1):
+        for comment in re.findall(r"#\s*(?:type:\s*ignore|pyright:).*", line):
+            whole = OFF.fullmatch(line) and re.fullmatch(r"# (?!pyright:)\w.*\.", before)
+            if not whole and not IGNORED.fullmatch(comment):
+                found.append(f"line {number}: {comment}")
+        before = line
+    return found
+
+
 def documented(node: ast.AST) -> bool:
     return isinstance(node, FunctionNode | ast.ClassDef) and bool(ast.get_docstring(node))
 
@@ -147,6 +165,18 @@ def test_data_never_becomes_code(name):
 def test_nothing_is_left_for_later(name):
     text = (ROOT / name).read_text("utf-8")
     assert [mark for mark in ("TODO", "FIXME", "XXX", "HACK") if mark in text] == []
+
+
+def test_every_module_is_type_checked_strictly():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pyright"]
+    assert settings["include"] == settings["strict"] == ["llmselect"]
+    assert [key for key, value in settings.items() if key in ("exclude", "ignore") or value in (False, "none")] == []
+    assert (ROOT / "llmselect" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", python("llmselect"))
+def test_types_are_unknown_only_where_a_library_has_none(name):
+    assert loosened((ROOT / name).read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize("name", python("llmselect"))
@@ -199,5 +229,11 @@ def test_the_checks_see_what_they_are_for():
     bad = "import pickle\nfrom dill import load\ntorch.load(p)\nnp.load(p, allow_pickle=x)\nf(trust_remote_code=True)"
     assert len(unsafe(ast.parse(bad))) == 5
     assert unsafe(ast.parse("np.load(p, allow_pickle=False)\nf(trust_remote_code=False)\nmodel.eval()")) == []
+    bad = ["# pyright: basic", "x = 1  # type: ignore", "x = 1  # pyright: ignore", "x = 1  # pyright: ignore[reportCallIssue]",
+           "# No types.\n# pyright: reportCallIssue=false", "# pyright: reportMissingTypeStubs=false",
+           "# No types.\n# pyright: reportMissingTypeStubs=false, reportAttributeAccessIssue=false"]  # fmt: skip
+    assert [len(loosened(text)) for text in bad] == [1] * len(bad)
+    good = "# scipy has no types.\n# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false\n"
+    assert loosened(good + "x = 1  # pyright: ignore[reportCallIssue] - the stubs are older") == []
     shown = definitions(ast.parse("class A:\n    def b(self): ...\n    def _c(self): ...\ndef _d(): ...\ndef e(): ..."))
     assert [name for name, _ in shown] == ["A", ".b", "e"]

@@ -31,8 +31,8 @@ WAIT = 2.0  # seconds until claims of other processes are looked at again
 class Tally:
     """What one process did: cells run, and cells that failed with their errors."""
 
-    ran: list[Cell] = field(default_factory=list)
-    failed: dict[Cell, str] = field(default_factory=dict)
+    ran: list[Cell] = field(default_factory=list[Cell])
+    failed: dict[Cell, str] = field(default_factory=dict[Cell, str])
 
 
 def missing(plan: Plan, only: Mapping[str, set[str]] | None = None) -> list[Cell]:
@@ -40,7 +40,7 @@ def missing(plan: Plan, only: Mapping[str, set[str]] | None = None) -> list[Cell
 
     Errors: `LlmselectError` when a file was made with other settings.
     """
-    found = []
+    found = list[Cell]()
     for cell in plan.cells(only):
         path = plan.results / cell.path
         if not path.exists():
@@ -56,7 +56,7 @@ def run_grid(plan: Plan, only: Mapping[str, set[str]] | None = None, *, wait: fl
 
     Returns what this process did. It ends when all cells are done, so it may wait for those of other processes.
     """
-    tally, ready = Tally(), set()
+    tally, ready = Tally(), set[str]()
     needed: dict[str, list[str]] = {}
     for cell in plan.cells(only):
         known = needed.setdefault(cell.model, [])
@@ -121,7 +121,7 @@ def _features_claim(plan: Plan, model: str) -> Path:
 def extracted(plan: Plan, model: str, features: Collection[str]) -> float | None:
     """Seconds that all features of a model took so far; None while some of `features` are missing."""
     file = plan.folder / model / COSTS
-    known = _noted(file)["seconds"] if file.exists() else {}
+    known: dict[str, float] = _noted(file)["seconds"] if file.exists() else {}
     lazy = {name for name, one in plan.grid.features.items() if one.get("lazy")}
     return sum(known.values()) if file.exists() and set(features) <= set(known) | lazy else None
 
@@ -135,7 +135,7 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     run = _with_features(plan, model, features)
     file = run.folder / COSTS
     prepare(run)
-    known = _noted(file) if file.exists() else {"seconds": {}, "forwards": {}}
+    known: dict[str, dict[str, float]] = _noted(file) if file.exists() else {"seconds": {}, "forwards": {}}
     extract_stage(Run(replace(run.recipe, features={})))
     timings = _noted(run.folder / "timings.json")
     for section, count in costs.TRAININGS.items():
@@ -160,8 +160,8 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
 def _with_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     """The run of a model with the features asked for and those that it has already."""
     recipe = plan.recipe(model)
-    wanted = {name for name in (recipe.dedup.x, recipe.dedup.quality) if name} if recipe.dedup else set()
-    wanted = {*features, *(name.partition(".")[0] for name in wanted), *Run(recipe).store.names()}
+    deduplicating = [name for name in (recipe.dedup.x, recipe.dedup.quality) if name] if recipe.dedup else []
+    wanted = {*features, *(name.partition(".")[0] for name in deduplicating), *Run(recipe).store.names()}
     kept = {name: options for name, options in recipe.features.items() if name in wanted}
     return Run(_with(recipe, kept))
 
@@ -210,7 +210,7 @@ def run_cell(plan: Plan, cell: Cell) -> Result:
     start = time.monotonic()
     losses = _measured(plan, run, cell)
     seconds["evaluate"] = time.monotonic() - start
-    tests = {name: config.fingerprint(list(run.tests[name]["id"]))[:16] for name in losses}
+    tests = {name: config.fingerprint([*run.tests[name]["id"]])[:16] for name in losses}
     return Result(plan.grid.name, cell.model, cell.target, cell.method, cell.budget, cell.seed, int(rows), int(tokens),
                   {k: round(float(v), 3) for k, v in seconds.items()}, round(forwards, 4), tests, losses,
                   plan.key(cell))  # fmt: skip

@@ -6,13 +6,13 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
+def claim(path: Path) -> Generator[bool]:
     """Whether this process now holds `path`; if so it is given back at the end of the block.
 
     A claim of a process of this host that no longer lives is broken. One of another host is believed: delete the file

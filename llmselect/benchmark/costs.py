@@ -71,8 +71,9 @@ def _fine_tuning(run: Run, adapters: Iterable[Path | None]) -> float:
 
 def _anchors(run: Run, most: int | None) -> float:
     """Tokens of the target rows that stand behind a row: those of `most` rows of each group, of mean length."""
-    tokens, group = np.asarray(run.store[f"{TOKENS}@target.total"]), np.asarray(run.target["group"])
-    return sum(tokens[group == one].mean() * min(most or len(tokens), int((group == one).sum())) for one in set(group))
+    groups: list[str] = [*run.target["group"]]
+    tokens, group = np.asarray(run.store[f"{TOKENS}@target.total"]), np.asarray(groups)
+    return sum(tokens[group == one].mean() * min(most or len(tokens), int((group == one).sum())) for one in set(groups))
 
 
 def _total(run: Run, kind: str) -> float:

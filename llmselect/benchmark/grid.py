@@ -12,6 +12,7 @@ from llmselect import config
 from llmselect.clustering import Clustering
 from llmselect.color import ADAPTERS, ColorTraining
 from llmselect.errors import UsageError, nearest
+from llmselect.plain import is_list, is_mapping
 from llmselect.recipe import Model, PoolSource, Recipe, TargetSource, Warmup, features_in
 from llmselect.sae.training import SaeTraining
 from llmselect.selection import Budget
@@ -37,7 +38,7 @@ class Grid:
     tasks: dict[str, TargetSource] = field(metadata={"help": "dev and test rows by name; test is needed"})
     methods: dict[str, dict[str, Any]] = field(metadata={"help": "as in a recipe, and budgets: [...] of a method's own"})
     targets: dict[str, list[str]] | None = field(default=None, metadata={"help": "sets of tasks; null: each task alone"})
-    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    features: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     budgets: list[Any] = field(default_factory=lambda: ["5%"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     train: Train = field(default_factory=Train)
@@ -51,7 +52,7 @@ class Grid:
     keep: bool = field(default=False, metadata={"help": "keep the adapter of a finished cell"})
     cells: str | None = field(default=None, metadata={"help": "folder of results; null: cells/<name> beside the file"})
     out: str | None = field(default=None, metadata={"help": "folder of features and adapters; null: runs/<name>"})
-    vars: dict[str, Any] = field(default_factory=dict, metadata={"help": "values for ${name} in this file"})
+    vars: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"help": "values for ${name} in this file"})
 
     def __post_init__(self) -> None:
         for name in ("models", "tasks", "methods", "budgets", "seeds"):
@@ -79,21 +80,21 @@ class Grid:
 
     def arms(self) -> dict[str, tuple[dict[str, Any], list[Budget]]]:
         """Method → its options and budgets, the baselines first."""
-        found, used = {}, []
+        found, used = dict[str, tuple[dict[str, Any], list[Budget]]](), set[Budget]()
         for name, options in self.methods.items():
             given = options.get("budgets", self.budgets)
             if name in (BASE, FULL):
                 raise UsageError(f"methods.{name}: this name is kept for the model before and after all data; give another")
-            if not isinstance(given, list) or not given or "budget" in options:
+            if not is_list(given) or not given or "budget" in options:
                 raise UsageError(f"methods.{name}.budgets: give a list, e.g. [1%, 5%], and no budget:")
             try:
                 budgets = list(dict.fromkeys(Budget.parse(one) for one in given))
             except UsageError as error:
                 raise UsageError(f"methods.{name}.budgets: {error}") from None
             found[name] = ({k: v for k, v in options.items() if k != "budgets"}, budgets)
-            used += budgets
+            used |= {*budgets}
         # At 100 % nothing is left to chance: a method that stops by itself is compared with the nearest size.
-        shared = sorted({b for b in used if b != _ALL}, key=str) or [_ALL]
+        shared = sorted(used - {_ALL}, key=str) or [_ALL]
         for name, options in BASELINES.items():
             if name in found and found[name][0] != options:
                 raise UsageError(f"methods.{name}: this name is kept for the baseline {options}; give yours another")
@@ -126,7 +127,7 @@ class Plan:
 
     grid: Grid
     home: Path
-    _aimed: dict[str, bool] = field(default_factory=dict)
+    _aimed: dict[str, bool] = field(default_factory=dict[str, bool])
 
     @property
     def results(self) -> Path:
@@ -140,7 +141,7 @@ class Plan:
 
     def cells(self, only: Mapping[str, set[str]] | None = None) -> list[Cell]:
         """All cells, those of one model and target set together, the baselines first in each; `only` from `parse_only`."""
-        found = []
+        found = list[Cell]()
         for model in self.grid.models:
             for target in self.grid.sets:
                 found.append(Cell(model, target, BASE, NOTHING, 0))
@@ -152,7 +153,7 @@ class Plan:
 
     def recipe(self, model: str) -> Recipe:
         """The recipe of one model, which every cell of it is a part of: all tasks, and a method per arm."""
-        grid, methods = self.grid, {}
+        grid, methods = self.grid, dict[str, dict[str, Any]]()
         plain = Recipe(
             name=f"{grid.name}-{model}", model=grid.models[model], pool=grid.pool, targets=grid.tasks, features=grid.features,
             seeds=list(grid.seeds), train=grid.train, full=False, dedup=grid.dedup, warmup=grid.warmup, sae=grid.sae,
@@ -214,9 +215,9 @@ class Plan:
         return self._portable(made)
 
     def _portable(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             return {key: self._portable(one) for key, one in value.items()}
-        if isinstance(value, list):
+        if is_list(value):
             return [self._portable(one) for one in value]
         if not isinstance(value, str):
             return value
@@ -268,9 +269,9 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
 def _absolute(value: Any, folder: Path) -> Any:
     """Every text that is a relative path, `./x` or `../x`, against the folder of the file."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {key: _absolute(one, folder) for key, one in value.items()}
-    if isinstance(value, list):
+    if is_list(value):
         return [_absolute(one, folder) for one in value]
     return str((folder / value).resolve()) if isinstance(value, str) and value.startswith(("./", "../")) else value
 

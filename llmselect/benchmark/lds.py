@@ -50,7 +50,7 @@ def lds(scores: Mapping[str, np.ndarray], members: Sequence[np.ndarray], nll: Se
     """
     if len(members) != len(nll) or len(members) < 3:
         raise UsageError(f"LDS: {len(members)} subsets with {len(nll)} losses; at least 3 of each are needed")
-    made = []
+    made = list[Lds]()
     for method, values in scores.items():
         sums = np.array([values[rows].sum() for rows in members])
         made.append(Lds(method, *spearman_interval(sums, -np.asarray(nll)), len(members)))
@@ -74,7 +74,8 @@ def train_subsets(plan: Plan, model: str, folder: Path, count: int = 40, fractio
         if not alone:
             raise LlmselectError(f"another process extracts the features of {model}; start again when it is done")
         run = extract_features(plan, model, features)
-    ids, made = list(run.pool["id"]), plan.key(Cell(model, next(iter(plan.grid.sets)), FULL, "100%", 0))
+    ids: list[str] = [*run.pool["id"]]
+    made = plan.key(Cell(model, next(iter(plan.grid.sets)), FULL, "100%", 0))
     for number in range(count):
         path = folder / f"subset-{number}.json"
         key = {**{k: v for k, v in made.items() if k != "target"}, "fraction": fraction, "subset": number}
@@ -93,7 +94,8 @@ def _one(run: Run, rows: np.ndarray, number: int) -> dict[str, Any]:
     from llmselect.evaluate import row_losses
     from llmselect.train import finetune
 
-    model, chosen = run.recipe.model, run.pool.select(rows)
+    pool: Any = run.pool
+    model, chosen = run.recipe.model, pool.select(rows)
     start = time.monotonic()
     with TemporaryDirectory(prefix="llmselect-lds-") as scratch:
         out = Path(scratch) / "adapter"
@@ -112,15 +114,15 @@ def scores_of(run: Run, methods: Sequence[str]) -> dict[str, np.ndarray]:
     Scores per target group are averaged. A method that takes its smallest scores has them negated. Rows without a score
     get the mean of the others: they say nothing.
     """
-    found = {}
+    found = dict[str, np.ndarray]()
     for arm in methods:
         only = Run(replace(run.recipe, methods={arm: run.recipe.methods[arm]}, seeds=run.recipe.seeds[:1]))
         select_stage(only)
         made = Selection.load(run.folder / "selections" / arm / f"seed-{run.recipe.seeds[0]}")
         if made.scores is None:
             continue
-        scores = np.asarray(made.scores, np.float64).reshape(made.n, -1).mean(1)
-        scores = np.where(np.isfinite(scores), scores, scores[np.isfinite(scores)].mean())
+        scores: np.ndarray = np.asarray(made.scores, np.float64).reshape(made.n, -1).mean(1)
+        scores[~np.isfinite(scores)] = scores[np.isfinite(scores)].mean()
         found[arm] = scores if scores[made.indices].mean() >= scores.mean() else -scores
     return found
 
@@ -132,11 +134,12 @@ def report(plan: Plan, model: str, target: str, files: Sequence[Path]) -> list[L
     """
     run = Run(plan.recipe(model))
     arms = {plan.arm(method, label(budgets[0]), target): method for method, (_, budgets) in plan.grid.arms().items()}
-    ids, members, nll = list(run.pool["id"]), [], []
+    ids: list[str] = [*run.pool["id"]]
+    members, nll = list[np.ndarray](), list[float]()
     for file in files:
         about = json.loads(file.read_text())
         rows = subset_rows(ids, about["key"]["subset"], about["key"]["fraction"])
-        if config.fingerprint(sorted(ids[i] for i in rows)) != about["ids"]:
+        if config.fingerprint(sorted(ids[int(i)] for i in rows)) != about["ids"]:
             raise LlmselectError(f"{file} was measured on another pool; delete it")
         members.append(rows)
         nll.append(float(np.mean([about["nll"][task] for task in plan.grid.sets[target]])))

@@ -13,7 +13,8 @@ from llmselect.benchmark.results import Result, load_all
 from llmselect.benchmark.statistics import Difference, holm, paired
 
 RANDOM = "random"
-Arms = dict[tuple[str, str], dict[str, dict[int, Result]]]  # (method, budget) → target → seed → result
+Measured = dict[str, dict[int, Result]]  # target → seed → result
+Arms = dict[tuple[str, str], Measured]  # by method and budget
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,16 @@ def arms(results: Sequence[Result]) -> Arms:
 def lines(found: Arms) -> list[Line]:
     """All methods and budgets, each with its paired difference to random, adjusted for all comparisons of the table."""
     made = [_line(found, *arm) for arm in found]
-    compared = [i for i, one in enumerate(made) if one.difference is not None]
-    adjusted = holm([made[i].difference.p for i in compared])  # type: ignore[union-attr]
-    for i, p in zip(compared, adjusted, strict=True):
+    compared = {i: one.difference.p for i, one in enumerate(made) if one.difference is not None}
+    for i, p in zip(compared, holm([*compared.values()]), strict=True):
         made[i] = replace(made[i], holm=p)
     return made
 
 
 def _line(found: Arms, method: str, budget: str) -> Line:
     own = found[method, budget]
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in own.values())))
+    first, *others = own.values()
+    seeds = sorted(set(first).intersection(*others))
     per_seed = [np.mean([by_seed[s].nll for by_seed in own.values()]) for s in seeds]
     nll = float(np.mean([np.mean([one.nll for one in by_seed.values()]) for by_seed in own.values()]))
     pairs = {} if method in (BASE, FULL, RANDOM) else _pairs(own, _random_for(found, own, budget))
@@ -70,31 +71,37 @@ def _line(found: Arms, method: str, budget: str) -> Line:
                 float(seconds), float(forwards), float(np.mean([c.rows for group in cells for c in group])))  # fmt: skip
 
 
-def _random_for(found: Arms, own: dict[str, dict[int, Result]], budget: str) -> dict[str, dict[int, Result]]:
+def _random_for(found: Arms, own: Measured, budget: str) -> Measured:
     """Random at the same budget; a method that chose its own size is set beside the nearest number of rows."""
     if (RANDOM, budget) in found:
         return found[RANDOM, budget]
-    rows = lambda group: np.mean([c.rows for by_seed in group.values() for c in by_seed.values()])  # noqa: E731
+
+    def rows(group: Measured) -> float:
+        return float(np.mean([c.rows for by_seed in group.values() for c in by_seed.values()]))
+
     known = [group for (method, _), group in found.items() if method == RANDOM]
-    return min(known, key=lambda group: abs(rows(group) - rows(own)), default={}) if budget == "100%" else {}
+    return min(known, key=lambda group: abs(rows(group) - rows(own)), default=Measured()) if budget == "100%" else {}
 
 
-def _pairs(own: dict[str, dict[int, Result]], other: dict[str, dict[int, Result]]) -> dict[str, dict[str, np.ndarray]]:
+def _pairs(own: Measured, other: Measured) -> dict[str, dict[str, np.ndarray]]:
     """Target → task → `[seeds, rows]` differences on the seeds that both have."""
-    pairs = {}
-    for target, by_seed in own.items():
-        seeds = sorted(set(by_seed) & set(other.get(target, {})))
-        if seeds:
-            gap = lambda s, t, own=by_seed, other=other[target]: own[s].losses[t] - other[s].losses[t]  # noqa: E731
-            pairs[target] = {t: np.stack([gap(s, t) for s in seeds]) for t in sorted(by_seed[seeds[0]].losses)}
+    pairs = dict[str, dict[str, np.ndarray]]()
+    for target, mine in own.items():
+        theirs = other.get(target, {})
+        if seeds := sorted(set(mine) & set(theirs)):
+            tasks = sorted(mine[seeds[0]].losses)
+            pairs[target] = {t: np.stack([mine[s].losses[t] - theirs[s].losses[t] for s in seeds]) for t in tasks}
     return pairs
 
 
-def _kept(found: Arms, own: dict[str, dict[int, Result]]) -> float | None:
+def _kept(found: Arms, own: Measured) -> float | None:
     """Σ over targets of what the method gained on the base model, as a share of what all data gained."""
     base, full = found.get((BASE, "0%"), {}), found.get((FULL, "100%"), {})
     shared = [t for t in own if t in base and t in full]
-    mean = lambda group, t: float(np.mean([one.nll for one in group[t].values()]))  # noqa: E731
+
+    def mean(group: Measured, target: str) -> float:
+        return float(np.mean([one.nll for one in group[target].values()]))
+
     whole = sum(mean(base, t) - mean(full, t) for t in shared)
     return sum(mean(base, t) - mean(own, t) for t in shared) / whole if whole > 0 else None
 

@@ -95,7 +95,8 @@ def load_all(folder: Path) -> list[Result]:
 
     Errors: `LlmselectError` when two that are compared were measured on other held-out rows.
     """
-    found, tests = [], {}
+    found = list[Result]()
+    tests = dict[tuple[str, str, str], tuple[Path, dict[str, str]]]()
     for path in sorted(Path(folder).rglob("*.json")):
         made = load(path)
         where = (made.grid, made.model, made.target)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+# scipy has no types.
+# pyright: reportMissingTypeStubs=false
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +73,7 @@ def _row_counts(name: str, rows: int, draws: int) -> np.ndarray:
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of p values: p_(i) · (m - i + 1), made monotone, at most 1."""
     order, out, highest = np.argsort(values, kind="stable"), [0.0] * len(values), 0.0
-    for i, at in enumerate(order):
+    for i, at in enumerate(map(int, order)):
         highest = max(highest, min(1.0, values[at] * (len(values) - i)))
         out[at] = highest
     return out
@@ -87,9 +90,10 @@ def spearman_interval(a: np.ndarray, b: np.ndarray, draws: int = 2000) -> tuple[
 
 def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`[draws]` rank correlations of the rows of two `[draws, n]` arrays."""
-    from scipy.stats import rankdata
+    import scipy.stats
 
-    a, b = (rankdata(one, axis=1) for one in (a, b))
+    stats: Any = scipy.stats
+    a, b = (stats.rankdata(one, axis=1) for one in (a, b))
     a, b = (one - one.mean(1, keepdims=True) for one in (a, b))
     size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)

@@ -26,6 +26,11 @@ class EpochCallback(TrainerCallback, ExportableState):
     the optimizer steps of the current epoch; `first_step`, the global step at which it began.
     """
 
+    next: int
+    first_step: int
+    steps: int
+    resumed: bool
+
     def __init__(self, epochs: EpochState | None = None):
         # Trainer makes a callback without arguments when it restores callbacks; attach() puts this one back.
         self.epochs = epochs

@@ -28,6 +28,16 @@ class EpochState:
     Errors: `UsageError` when numbers of rows disagree or there are no epochs.
     """
 
+    schedule: EpochSchedule
+    epochs: int
+    n: int
+    seed: int
+    epoch: int | None
+    indices: np.ndarray
+    weights: np.ndarray
+    losses: np.ndarray
+    before: np.ndarray  # losses when the epoch began
+
     def __init__(self, schedule: EpochSchedule, *, epochs: int, n: int | None = None, ids: Any = None, seed: int = 0,
                  losses: Any = None):  # fmt: skip
         if n is None and ids is None:
@@ -45,7 +55,7 @@ class EpochState:
 
     def reset(self) -> None:
         """Back to before the first epoch."""
-        self.epoch: int | None = None
+        self.epoch = None
         self.losses, self.before = self._first.copy(), self._first.copy()
         self.indices, self.weights = np.zeros(0, np.int64), np.zeros(0)
 

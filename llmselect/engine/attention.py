@@ -6,7 +6,9 @@ fused kernel, the probabilities are rebuilt from queries and keys in blocks of q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+# transformers has types in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+from collections.abc import Generator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,10 +36,10 @@ class AttentionStatistics:
     Column signal of key j: the mean of A_ij over the queries i that see it.
     """
 
-    layers: frozenset[int]
+    layers: Set[int]
     mask: torch.Tensor  # [B, T] real tokens
     row_map: RowMap = "normalized"
-    seen: set[int] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set[int])
     row_sum: torch.Tensor | None = None
     column_sum: torch.Tensor | None = None
 
@@ -104,7 +106,7 @@ def _row_signal(entropy: torch.Tensor, count: torch.Tensor, row_map: RowMap) -> 
 
 
 def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-               scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple:  # fmt: skip
+               scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if _active and module.layer_idx in _active[-1].layers:
@@ -118,7 +120,7 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
 
 @contextmanager
 def attention_statistics(backbone: Backbone, mask: torch.Tensor, last_layers: int | None,
-                         row_map: RowMap = "normalized") -> Iterator[AttentionStatistics]:  # fmt: skip
+                         row_map: RowMap = "normalized") -> Generator[AttentionStatistics]:  # fmt: skip
     """Within the block, forwards of `backbone` on rows with this `mask` fill the yielded statistics."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask

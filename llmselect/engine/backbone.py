@@ -36,6 +36,19 @@ class Backbone:
         max_length: tokens per row; None takes the model's own limit, at most 2048.
     """
 
+    path: str
+    adapter: str | None
+    device: torch.device
+    dtype: torch.dtype
+    config: Any
+    text_config: Any
+    tokenizer: Any
+    encoder: ChatEncoder
+    hidden_size: int
+    depth: int  # blocks
+    pad: int  # the id that fills rows up
+    head_checked: bool = False  # see `engine.head.check_head`
+
     def __init__(self, model: str, adapter: str | None = None, dtype: str = "auto", max_length: int | None = None,
                  device: str | None = None):  # fmt: skip
         self.path, self.adapter = model, adapter

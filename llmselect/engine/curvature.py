@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -46,7 +46,8 @@ def curvature(backbone: Backbone, batch: Batch, direction: Direction, step: floa
     return {**{k: v.float().masked_fill(missing, float("nan")) for k, v in found.items()}, "loss": loss}
 
 
-def _gradient(backbone: Backbone, batch: Batch, shift: torch.Tensor | None = None):
+def _gradient(backbone: Backbone, batch: Batch,
+              shift: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
     """Losses, the gradient at the input of the first block moved by `shift`, and that input."""
     with torch.enable_grad(), graph_from(backbone.blocks[0], shift) as start:
         loss, gradient = backward(backbone, batch, backbone.forward(batch.ids, batch.mask), start)
@@ -54,7 +55,8 @@ def _gradient(backbone: Backbone, batch: Batch, shift: torch.Tensor | None = Non
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True)
+    linalg: Any = torch.linalg
+    return linalg.vector_norm(rows, dim=(1, 2), keepdim=True)
 
 
 def _signs(batch: Batch, x: torch.Tensor, seed: int, draw: int) -> torch.Tensor:

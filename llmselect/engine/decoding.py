@@ -39,7 +39,7 @@ class Choose:
         below = mass.cumsum(-1) - mass
         kept = mass * (below < self.top_p)
         drawn = self.keyed.uniform(f"token {ids.shape[1] - self.start}").astype(np.float32)
-        limit = torch.from_numpy(drawn).to(scores.device)[:, None] * kept.sum(-1, keepdim=True)
+        limit = torch.as_tensor(drawn).to(scores.device)[:, None] * kept.sum(-1, keepdim=True)
         place = (kept.cumsum(-1) <= limit).sum(-1, keepdim=True)
         last = (kept > 0).sum(-1, keepdim=True) - 1  # rounding may leave the sum a hair below the draw
         token = order.gather(-1, torch.minimum(place, last))
@@ -60,9 +60,9 @@ class StopStrings:
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         new = ids[:, self.start :]
-        recent = new[:, -self.window :].tolist()
+        recent = new[:, -self.window :].cpu().numpy()
         for row in np.flatnonzero(self.ended == 0):
-            text = self.decode(recent[row])
+            text = self.decode(recent[row].tolist())
             if any(one in text for one in self.stop):
                 self.ended[row] = new.shape[1]
-        return torch.from_numpy(self.ended > 0).to(ids.device)
+        return torch.as_tensor(self.ended > 0).to(ids.device)

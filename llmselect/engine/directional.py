@@ -6,9 +6,9 @@ difference of two forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,9 +29,10 @@ def tangents(backbone: Backbone, batch: Batch, directions: Sequence[Direction]) 
     since d nll = ⟨∂nll/∂h, dh⟩. NaN for rows without response tokens. Attention runs as plain products: the fused kernels have
     no forward derivative.
     """
-    import torch.autograd.forward_ad as forward
+    import torch.autograd.forward_ad
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    forward: Any = torch.autograd.forward_ad
     check_head(backbone)
     supervised = batch.response[:, 1:]
     row, column = supervised.nonzero(as_tuple=True)
@@ -54,9 +55,9 @@ def tangents(backbone: Backbone, batch: Batch, directions: Sequence[Direction]) 
 
 def differences(backbone: Backbone, batch: Batch, directions: Sequence[Direction], epsilon: float) -> torch.Tensor:
     """`[B, G]` fp32: [L(z; θ + εv) - L(z; θ - εv)] / 2ε, two forward passes per direction."""
-    found = []
+    found = list[torch.Tensor]()
     for direction in directions:
-        losses = []
+        losses = list[torch.Tensor]()
         for sign in (1.0, -1.0):
             with _moved(backbone, direction, sign * epsilon):
                 stats = token_stats(backbone, backbone.forward(batch.ids, batch.mask), batch.ids, batch.response)
@@ -66,10 +67,11 @@ def differences(backbone: Backbone, batch: Batch, directions: Sequence[Direction
 
 
 @contextmanager
-def _dual(backbone: Backbone, direction: Direction) -> Iterator[None]:
+def _dual(backbone: Backbone, direction: Direction) -> Generator[None]:
     """The model with weights that carry `direction` as their tangent."""
-    import torch.autograd.forward_ad as forward
+    import torch.autograd.forward_ad
 
+    forward: Any = torch.autograd.forward_ad
     modules = dict(backbone.causal_lm.named_modules())
     kept = {name: modules[name]._parameters.pop("weight") for name in direction}
     try:
@@ -84,7 +86,7 @@ def _dual(backbone: Backbone, direction: Direction) -> Iterator[None]:
 
 
 @contextmanager
-def _moved(backbone: Backbone, step: Direction, length: float) -> Iterator[None]:
+def _moved(backbone: Backbone, step: Direction, length: float) -> Generator[None]:
     """The model at θ + length · step; afterwards its weights are the very ones they were."""
     modules = dict(backbone.causal_lm.named_modules())
     kept = {name: modules[name].weight.data for name in step}

@@ -10,7 +10,7 @@ with a row's gradient G, Λ_ij = E[(U_SᵀGU_A)²_ij]; then F ≈ (U_S⊗U_A) di
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,7 +58,10 @@ def _draws(batches: list[Batch], seed: int | None, device: torch.device) -> Iter
 
 
 def _eigenvectors(backbone: Backbone, layers: Layers, batches: list[Batch], seed: int | None) -> dict[str, torch.Tensor]:
-    zero = lambda size: torch.zeros(size, size, dtype=torch.float64, device=backbone.device)  # noqa: E731
+    def zero(size: int) -> torch.Tensor:
+        return torch.zeros(size, size, dtype=torch.float64, device=backbone.device)
+
+    linalg: Any = torch.linalg
     inputs = {name: zero(layer.in_features) for name, layer in layers.items()}
     outputs = {name: zero(layer.out_features) for name, layer in layers.items()}
 
@@ -71,8 +74,8 @@ def _eigenvectors(backbone: Backbone, layers: Layers, batches: list[Batch], seed
 
     for batch, generator in _draws(batches, seed, backbone.device):
         row_gradients(backbone, batch, layers, lambda name, a: a, gather, sample=generator)
-    found = {f"{name}.input": torch.linalg.eigh(matrix).eigenvectors.float() for name, matrix in inputs.items()}
-    return found | {f"{name}.output": torch.linalg.eigh(matrix).eigenvectors.float() for name, matrix in outputs.items()}
+    found = {f"{name}.input": linalg.eigh(matrix).eigenvectors.float() for name, matrix in inputs.items()}
+    return found | {f"{name}.output": linalg.eigh(matrix).eigenvectors.float() for name, matrix in outputs.items()}
 
 
 def inverse_product(state: Mapping[str, torch.Tensor], layer: str, gradient: torch.Tensor, damping: float) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and accelerate have no types, safetensors has them in part.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import hashlib
 import json
 import logging
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from llmselect.engine.extractor import Extractor
 
 log = logging.getLogger("llmselect")
+_Shared = tuple[str, str | None, str, int | None, str]  # model, adapter, dtype, length; the name of one that runs alone
 
 
 def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extractor], *, target: Dataset | None = None,
@@ -43,7 +46,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
     """
     from accelerate import PartialState
 
-    process = PartialState(cpu=not torch.cuda.is_available())
+    process: Any = PartialState(cpu=not torch.cuda.is_available())
     for name, extractor in extractors.items():
         if extractor.fits and target is None:
             raise UsageError(f"feature '{name}' ({extractor.name}) learns from the target rows: give target=")
@@ -58,8 +61,8 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
     return store
 
 
-def _by_pass(extractors: Mapping[str, Extractor]) -> dict[tuple, dict[str, Extractor]]:
-    passes: dict[tuple, dict[str, Extractor]] = {}
+def _by_pass(extractors: Mapping[str, Extractor]) -> dict[_Shared, dict[str, Extractor]]:
+    passes: dict[_Shared, dict[str, Extractor]] = {}
     for name, e in extractors.items():
         passes.setdefault((e.model, e.adapter, e.dtype, e.max_length, name if e.alone else ""), {})[name] = e
     return passes
@@ -67,7 +70,8 @@ def _by_pass(extractors: Mapping[str, Extractor]) -> dict[tuple, dict[str, Extra
 
 def groups_of(target: Dataset | None) -> list[str]:
     """The target groups, in the order of their first rows."""
-    return [] if target is None else list(dict.fromkeys(target["group"]))
+    named: list[str] = [] if target is None else [*target["group"]]
+    return list(dict.fromkeys(named))
 
 
 def content_digest(data: Dataset) -> str:
@@ -76,7 +80,7 @@ def content_digest(data: Dataset) -> str:
     # The messages stay on disk: as Python objects a block of them would be most of the memory of a run.
     narrow = data.select_columns([name for name in ("id", "group") if name in data.column_names])
     for start in range(0, len(narrow), 8192):
-        part = narrow[start : start + 8192]
+        part: dict[str, list[str]] = narrow[start : start + 8192]
         total.update(digest_ids(part["id"]).tobytes())
         total.update(json.dumps(part.get("group", [])).encode())
     return total.hexdigest()
@@ -90,8 +94,9 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
         if extractor.sample_rows:
             specs[name]["sample"] = content_digest(pool)
     if process.is_main_process:
+        rows: Any = data
         for name, spec in specs.items():
-            store.create(name + suffix, spec, data["id"])
+            store.create(name + suffix, spec, rows["id"])
     process.wait_for_everyone()
     run.features, run.side = {name: store.open(name + suffix) for name in specs}, "target" if suffix else "pool"
     if run.backbone.device.type == "cpu":

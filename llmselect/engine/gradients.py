@@ -8,8 +8,10 @@ head sees response positions only, in chunks.
 
 from __future__ import annotations
 
+# torch has types in part.
+# pyright: reportUnknownMemberType=false
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -71,22 +73,28 @@ def _refuse_shared(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> No
 
 
 @contextmanager
-def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink, packed: torch.Tensor | None) -> Iterator[None]:
+def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink, packed: torch.Tensor | None) -> Generator[None]:
     """Call `sink` with each layer's input (after `reduce`) and output gradient as backward passes it.
 
     With `packed [B, T]`, the mask of the rows of a packed line, `sink` sees them as padded rows.
     """
-    rows = (lambda line: line) if packed is None else (lambda line: unpack(line, packed))
     seen: set[str] = set()
 
+    def rows(line: torch.Tensor) -> torch.Tensor:
+        return line if packed is None else unpack(line, packed)
+
     def forward(name: str) -> Any:
-        def hook(_: Any, args: tuple, out: torch.Tensor) -> None:
+        def hook(_: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             if name in seen:
                 raise LlmselectError(f"layers_like: {name} ran twice in one forward pass (reused, or checkpointed); leave it out")
             seen.add(name)
             # Reduced here: between forward and backward only the smaller side is kept.
             kept = reduce(name, args[0].detach())
-            out.register_hook(lambda gradient: sink(name, rows(kept), rows(gradient.detach())))
+
+            def report(gradient: torch.Tensor) -> None:
+                sink(name, rows(kept), rows(gradient.detach()))
+
+            out.register_hook(report)
 
         return hook
 
@@ -99,13 +107,13 @@ def _watched(layers: dict[str, torch.nn.Linear], reduce: Reduce, sink: Sink, pac
 
 
 @contextmanager
-def graph_from(block: torch.nn.Module, shift: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+def graph_from(block: torch.nn.Module, shift: torch.Tensor | None = None) -> Generator[list[torch.Tensor]]:
     """Let the graph start at the input of `block`, moved by `shift`: below it nothing is recorded, and no parameter needs a
     gradient. Yields a list that the forward pass puts this input into."""
     start: list[torch.Tensor] = []
 
-    def hook(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        found = (args[0] if args else kwargs["hidden_states"]).detach()
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        found: torch.Tensor = (args[0] if args else kwargs["hidden_states"]).detach()
         states = (found if shift is None else found + shift).requires_grad_()
         start.append(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
@@ -154,9 +162,9 @@ def backward(backbone: Backbone, batch: Batch, states: torch.Tensor, start: list
 def head_gradients(backbone: Backbone, states: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor,
                    sample: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses `[N]` and the gradient `[N, d]` of their weighted sum at the final states, logits a chunk at a time."""
-    losses, gradients = [], []
+    losses, gradients = list[torch.Tensor](), list[torch.Tensor]()
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)
-    for part, label, w in zip(states.split(size), labels.split(size), weight.split(size), strict=True):
+    for part, label, w in zip(torch.split(states, size), torch.split(labels, size), torch.split(weight, size), strict=True):
         leaf = part.requires_grad_()
         scores = logits(backbone, leaf)
         if sample is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +45,7 @@ def token_stats(backbone: Backbone, hidden: torch.Tensor, ids: torch.Tensor, sup
     row, column = supervised[:, 1:].nonzero(as_tuple=True)
     states, labels = hidden[row, column], ids[row, column + 1]
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)
-    out = [_statistics(logits(backbone, s), y) for s, y in zip(states.split(size), labels.split(size), strict=True)]
+    out = [_statistics(logits(backbone, s), y) for s, y in zip(torch.split(states, size), torch.split(labels, size), strict=True)]
     if not out:
         empty = torch.zeros(0, device=ids.device)
         return TokenStats(row, empty, empty, empty, empty)
@@ -67,14 +67,15 @@ def _statistics(logit: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
     # The expectation is taken in place: a second [N, V] matrix would double the memory of the chunk.
     probability = (logit - lse[:, None]).exp_()
     own = probability.gather(-1, label[:, None])
-    el2n = probability.scatter_(-1, label[:, None], own - 1).norm(dim=-1)
+    linalg: Any = torch.linalg
+    el2n = linalg.vector_norm(probability.scatter_(-1, label[:, None], own - 1), dim=-1)
     probability.scatter_(-1, label[:, None], own)
     return nll, lse - probability.mul_(logit).sum(-1), margin, el2n
 
 
 def check_head(backbone: Backbone) -> None:
     """Prove once per model that head(final state) is the model's logits: some families scale or cap them elsewhere."""
-    if getattr(backbone, "_head_checked", False):
+    if backbone.head_checked:
         return
     ids = torch.arange(8, device=backbone.device)[None] % backbone.text_config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -87,4 +88,4 @@ def check_head(backbone: Backbone) -> None:
             f"{backbone.path}: its logits are not head(last hidden state) (off by {(own - theirs).abs().max():.3g}); "
             "losses of this architecture are not supported"
         )
-    backbone._head_checked = True  # type: ignore[attr-defined]
+    backbone.head_checked = True

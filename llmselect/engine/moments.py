@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+# torch and safetensors have types in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +72,7 @@ def save(folder: Path, model: Any, optimizer: Any, step: int, learning_rate: flo
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    tensors = {}
+    tensors = dict[str, torch.Tensor]()
     for name, parameter in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             if key in optimizer.state.get(parameter, {}):
@@ -99,7 +101,7 @@ def load(backbone: Backbone, places: list[Path], adam: bool, reference: bool) ->
 
     Errors: `UsageError` without checkpoints, or without optimizer state where `adam` needs it.
     """
-    made = []
+    made = list[Checkpoint]()
     for i, folder in enumerate(places):
         name = f"checkpoint{i}"
         with warnings.catch_warnings():  # PEFT warns of several adapters: here they are the point
@@ -116,9 +118,10 @@ def fresh(backbone: Backbone, rank: int, seed: int, pattern: str) -> list[Checkp
     """A new LoRA adapter, for gradients without a warm-up (B is zero, so only B has a gradient)."""
     from peft import LoraConfig
 
+    blocks: Any = backbone.blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        targets = sorted({name.rpartition(".")[2] for name, m in backbone.blocks.named_modules()
+        targets = sorted({name.rpartition(".")[2] for name, m in blocks.named_modules()
                           if isinstance(m, torch.nn.Linear) and re.search(pattern, name)})  # fmt: skip
         if not targets:
             raise UsageError(f"layers: no linear layer of the blocks matches {pattern!r}")
@@ -135,7 +138,7 @@ def activate(backbone: Backbone, checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def at(backbone: Backbone, checkpoint: Checkpoint | None) -> Iterator[None]:
+def at(backbone: Backbone, checkpoint: Checkpoint | None) -> Generator[None]:
     """The model as it was at a checkpoint; None: without any adapter."""
     if checkpoint is not None:
         activate(backbone, checkpoint)
@@ -184,7 +187,7 @@ def _trainer_moments(backbone: Backbone, file: Path, adapter: str, reference: bo
     layers = [(name, p) for name, p in backbone.causal_lm.named_parameters() if re.search(rf"lora_[AB]\.{adapter}\.", name)]
     if len(order) != len(layers):
         raise LlmselectError(f"{file} has state for {len(order)} parameters, the adapter has {len(layers)}")
-    first, second = {}, {}
+    first, second = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for number, (name, parameter) in zip(order, layers, strict=True):
         one = state["state"][number]
         if one["exp_avg"].shape != parameter.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and accelerate have no types, safetensors has them in part.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ def lazy(pool: Dataset, store: FeatureStore, name: str, extractor: Extractor, *,
     """
     from accelerate import PartialState
 
-    process = PartialState(cpu=not torch.cuda.is_available())
+    process: Any = PartialState(cpu=not torch.cuda.is_available())
     if not extractor.model or (extractor.fits and target is None):
         missing = "target=" if extractor.model else "a model: give model="
         raise UsageError(f"feature '{name}' ({extractor.name}) needs {missing}")
@@ -54,16 +56,17 @@ def lazy(pool: Dataset, store: FeatureStore, name: str, extractor: Extractor, *,
         if extractor.fits and feature not in run.states:
             _fit(run, feature, folder, target, pool)
         log.info("%s: %d more rows of %d", feature, len(rows), len(pool))
-        some = pool[rows]
+        some: dict[str, Any] = pool[rows]
         return run.compute(some["messages"], some["id"], [feature])[feature]
 
+    untyped: Any = pool
     launch: dict[str, Any] = {"part": part, "rank": process.process_index, "world": process.num_processes}
     if process.is_main_process:
-        store.lazy_feature(feature, spec, pool["id"])
+        store.lazy_feature(feature, spec, untyped["id"])
         if extractor.fits:
             _fit(run, feature, folder, target, pool)
     process.wait_for_everyone()
-    return store.lazy(name, spec, pool["id"], compute, barrier=process.wait_for_everyone, **launch)
+    return store.lazy(name, spec, untyped["id"], compute, barrier=process.wait_for_everyone, **launch)
 
 
 def _fit(run: Pass, feature: str, folder: Any, target: Any, pool: Dataset) -> None:

@@ -39,7 +39,8 @@ def anchors_of(backbone: Backbone, batches: Sequence[Batch], longest: int) -> tu
     the same tokens without an example, float64 in nats. Rows of which no response token is left are dropped.
     """
     check_head(backbone)
-    bos, kept, zero = backbone.tokenizer.bos_token_id, [], []
+    bos, zero = backbone.tokenizer.bos_token_id, list[torch.Tensor]()
+    kept = list[tuple[torch.Tensor, torch.Tensor]]()
     for batch in batches:
         ids, response = batch.ids[0][batch.mask[0]], batch.response[0][batch.mask[0]]
         first = int(ids[0] == bos)
@@ -63,7 +64,10 @@ def _padded(rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pad: int) -> Anch
     if not rows:
         return Anchors(*torch.zeros(3, 0, 0, dtype=torch.long))
     width = max(len(ids) for ids, _ in rows)
-    fill = lambda row, value: torch.nn.functional.pad(row, (0, width - len(row)), value=value)  # noqa: E731
+
+    def fill(row: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(row, (0, width - len(row)), value=value)
+
     ids, response = (torch.stack([fill(row[i], value) for row in rows]) for i, value in enumerate((pad, False)))
     return Anchors(ids, torch.tensor([len(row) for row, _ in rows], device=ids.device), response)
 
@@ -78,7 +82,7 @@ def losses_after(backbone: Backbone, example: torch.Tensor, anchors: Anchors, sh
     past = backbone.body(input_ids=example[None], use_cache=True).past_key_values if share else None
 
     def step(rows: np.ndarray) -> torch.Tensor:
-        some = torch.from_numpy(rows).to(example.device)
+        some = torch.as_tensor(rows).to(example.device)
         width = int(anchors.length[some].max())
         part = Anchors(anchors.ids[some, :width], anchors.length[some], anchors.response[some, :width])
         return _losses(backbone, _states(backbone, example, part, past), part)
@@ -87,7 +91,7 @@ def losses_after(backbone: Backbone, example: torch.Tensor, anchors: Anchors, sh
     back_off = BackOff()
     for batch in plan(anchors.length.cpu().numpy() + len(example), default_batch_tokens()):
         for rows, found in back_off.run(batch, step, names):
-            out[torch.from_numpy(rows).to(out.device)] = found
+            out[torch.as_tensor(rows).to(out.device)] = found
     return out
 
 
@@ -114,7 +118,7 @@ def _losses(backbone: Backbone, states: torch.Tensor, part: Anchors) -> torch.Te
     size = max(1, CHUNK_LOGITS // backbone.text_config.vocab_size)
     found = [
         torch.nn.functional.cross_entropy(logits(backbone, s), y, reduction="none").double()
-        for s, y in zip(picked.split(size), label.split(size), strict=True)
+        for s, y in zip(torch.split(picked, size), torch.split(label, size), strict=True)
     ]
     total = torch.zeros(len(part), dtype=torch.float64, device=states.device).index_add_(0, row, torch.cat(found))
     return total / counted.sum(1)

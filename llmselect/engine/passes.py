@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets and pyarrow have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,12 +89,13 @@ class Pass:
             encoded = self.encode(messages, view)
             active = [name for name in names if view in self.extractors[name].views()]
 
-            def step(rows: np.ndarray, encoded=encoded, view=view, active=active) -> dict[str, dict]:
-                batch = collate(self.backbone, [encoded[i] for i in rows], self.layers(view), view, self.padding_side)
-                return self._rows(replace(batch, side=self.side, names=[ids[i] for i in rows]), active)
+            def step(rows: np.ndarray, encoded: list[Encoded] = encoded, view: str = view,
+                     active: list[str] = active) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+                batch = collate(self.backbone, [encoded[int(i)] for i in rows], self.layers(view), view, self.padding_side)
+                return self._rows(replace(batch, side=self.side, names=[ids[int(i)] for i in rows]), active)
 
             filled = np.array([i for i, row in enumerate(encoded) if len(row.ids)], np.int64)
-            for batch in plan([len(encoded[i].ids) for i in filled], self.batch_tokens):
+            for batch in plan([len(encoded[int(i)].ids) for i in filled], self.batch_tokens):
                 for rows, found in self.back_off.run(filled[batch], step, ids):
                     for name, arrays in found.items():
                         for key, values in arrays.items():
@@ -112,7 +115,7 @@ class Pass:
     def _empty(self, name: str, rows: int) -> dict[str, Any]:
         declared = self.extractors[name].arrays(self.backbone, self.groups)
         # A row that no batch fills (nothing to score) must not look like a score of zero.
-        empty = {}
+        empty = dict[str, Any]()
         for key, (dtype, tail) in declared.items():
             if dtype.startswith("csr:"):
                 empty[key] = SparseRows(rows, tail[0], dtype.removeprefix("csr:"))
@@ -123,7 +126,7 @@ class Pass:
     def run(self, data: Dataset, label: str, rank: int, world: int, ready: Any) -> None:
         """Fill this process's share of the missing shards. `ready()` is a barrier between listing and writing."""
         missing = {name: set(feature.missing()) for name, feature in self.features.items()}
-        shards = sorted(set().union(*missing.values()))
+        shards = sorted(set[int]().union(*missing.values()))
         ready()
         if not shards:
             return
@@ -133,7 +136,7 @@ class Pass:
         progress = Progress(label, sum(sizes), show=rank == 0)
         for shard, size in zip(mine, sizes, strict=True):
             rows = some.rows(shard)
-            part = data[rows.start : rows.stop]
+            part: dict[str, list[Any]] = data[rows.start : rows.stop]
             names = [name for name in self.features if shard in missing[name]]
             arrays = self.compute(part["messages"], part["id"], names)
             for name in names:
@@ -148,10 +151,10 @@ def characters(data: Dataset, feature: Feature, shards: Sequence[int]) -> list[i
     from pyarrow import compute
 
     pc: Any = compute  # its functions are made at import, so type checkers know none of them
-    totals = []
+    totals = list[int]()
     for shard in shards:
         rows = feature.rows(shard)
-        column = data.with_format("arrow")[rows.start : rows.stop]["messages"]
+        column: Any = data.with_format("arrow")[rows.start : rows.stop]["messages"]
         contents = pc.struct_field(pc.list_flatten(column), "content")
         totals.append(int(pc.sum(pc.binary_length(contents)).as_py() or 1))
     return totals
@@ -172,10 +175,10 @@ def fit(run: Pass, target: Dataset, pool: Dataset | None = None) -> None:
     if not wanting:
         return
     batches: dict[str, list[Batch]] = {}
-    group = np.asarray(target["group"])
+    groups: list[str] = [*target["group"]]
     for name in run.groups:
-        rows = target.select(np.flatnonzero(group == name))
-        encoded = run.encode(list(rows["messages"]), "row")
+        rows = target.select(np.flatnonzero(np.array(groups) == name))
+        encoded = run.encode([*rows["messages"]], "row")
         # One row a batch: a target set is small, and no statistic can then depend on padding.
         batches[name] = [collate(run.backbone, [one], run.layers("row")) for one in encoded]
         if not batches[name]:
@@ -187,5 +190,7 @@ def fit(run: Pass, target: Dataset, pool: Dataset | None = None) -> None:
 
 def _sample(run: Pass, pool: Dataset, count: int) -> list[Batch]:
     rows = np.random.default_rng(0).permutation(len(pool))[:count]
-    encoded = [row for row in run.encode(pool[np.sort(rows)]["messages"], "row") if len(row.ids)]
-    return [collate(run.backbone, [encoded[i] for i in batch]) for batch in plan([len(r.ids) for r in encoded], run.batch_tokens)]
+    drawn: dict[str, list[Any]] = pool[np.sort(rows)]
+    encoded = [row for row in run.encode(drawn["messages"], "row") if len(row.ids)]
+    batches = plan([len(row.ids) for row in encoded], run.batch_tokens)
+    return [collate(run.backbone, [encoded[int(i)] for i in batch]) for batch in batches]

@@ -93,9 +93,10 @@ class NotebookBar:
 
 
 def _display(shown: dict[str, str]) -> Any:
-    from IPython.display import display  # there wherever ipykernel runs
+    import IPython.display  # there wherever ipykernel runs
 
-    return display(shown, raw=True, display_id=True)
+    shown_by: Any = IPython.display
+    return shown_by.display(shown, raw=True, display_id=True)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ def batch_dependence(run: Pass, messages: list[Any], ids: list[str]) -> dict[str
     names = list(run.extractors)
     together = replace(run, batch_tokens=1 << 30).compute(messages, ids, names)
     alone = replace(run, batch_tokens=1).compute(messages, ids, names)
-    found = {}
+    found = dict[str, float]()
     for name in names:
         found[name] = 0.0
         for key, value in alone[name].items():
@@ -41,7 +43,7 @@ def _dense(value: Any) -> np.ndarray:
 
 def warn_of_dependence(run: Pass, data: Dataset) -> dict[str, float]:
     """Measure on the first rows of `data` and name the features whose rows change by more than `TOLERANCE`."""
-    some = data[:ROWS]
+    some: dict[str, Any] = data[:ROWS]
     found = batch_dependence(run, some["messages"], some["id"])
     for name, share in found.items():
         if share > TOLERANCE:

@@ -77,7 +77,7 @@ class Color(Extractor):
     )
 
     @property
-    def by_group(self) -> bool:  # type: ignore[override]
+    def by_group(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - depends on the folders here
         """Whether there are adapters of each target group, and so a column for each."""
         return any(one == "trained" or isinstance(one, Mapping) for one in (self.prior, self.conditional))
 
@@ -101,8 +101,14 @@ class Color(Extractor):
         """
         if "trained" in (self.prior, self.conditional):
             raise UsageError("prior, conditional: give adapter folders; `trained` needs a recipe with a color: section")
-        pick = lambda one, task: one[task] if isinstance(one, Mapping) else one  # noqa: E731
-        return [_Column.of(pick(self.prior, task), pick(self.conditional, task)) for task in (self.tasks() or [""])]
+        prior, conditional, tasks = self.prior, self.conditional, self.tasks()
+        return [
+            _Column.of(
+                prior[task] if isinstance(prior, Mapping) else prior,
+                conditional[task] if isinstance(conditional, Mapping) else conditional,
+            )
+            for task in tasks or [""]
+        ]
 
     def adapters(self) -> list[Path | None]:
         """The distinct models that every row is passed through; None is the base model."""
@@ -114,7 +120,7 @@ class Color(Extractor):
         def digest(place: Path | None) -> str | None:
             return None if place is None else weights_digest(str(place))
 
-        priors, conditionals = [], []
+        priors, conditionals = list[str | None](), list[Any]()
         for one in self.columns():
             priors.append(digest(one.prior))
             found = [digest(place) for place in one.conditional]

@@ -66,7 +66,7 @@ class Nuggets(Extractor):
 
         from llmselect.engine import one_shot
 
-        parts, zero = [], []
+        parts, zero = list[one_shot.Anchors](), list[torch.Tensor]()
         for group, rows in batches.items():
             with torch.inference_mode():
                 made, alone = one_shot.anchors_of(backbone, self._drawn(rows), positions(backbone) // 2)
@@ -103,10 +103,10 @@ class Nuggets(Extractor):
         fitting = [e if len(e) <= room else torch.cat([e[:1], e[len(e) - room + 1 :]]) for e in examples]
         with torch.inference_mode():
             losses = [one_shot.losses_after(batch.backbone, one, made, self.share) for one in fitting]
-        fall, sizes = state["zero"] - torch.stack(losses), state["sizes"].tolist()
+        fall, sizes = state["zero"] - torch.stack(losses), [int(size) for size in state["sizes"]]
         helped = (fall > ROUNDING * state["zero"]).double()
         found = {"value": helped, "gain": fall}
-        return {name: torch.stack([p.mean(1) for p in one.split(sizes, 1)], 1).float() for name, one in found.items()}
+        return {name: torch.stack([p.mean(1) for p in torch.split(one, sizes, 1)], 1).float() for name, one in found.items()}
 
 
 def positions(backbone: Backbone) -> int:

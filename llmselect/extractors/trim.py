@@ -126,7 +126,8 @@ class Trim(Extractor):
                 found.setdefault(name, []).append(values)
         return {name: torch.stack(values, dim=1) for name, values in found.items()}
 
-    def _reduce(self, keep: torch.Tensor, similarity: torch.Tensor, ids: torch.Tensor, matched: torch.Tensor):
+    def _reduce(self, keep: torch.Tensor, similarity: torch.Tensor, ids: torch.Tensor,
+                matched: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
         """Mean and max of each row's tokens, and its best tokens; a row without tokens gets NaN."""
         import torch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +29,7 @@ class Report:
     repo: str
     kind: str
     card: str
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict[str, int])
     pushed: Pushed | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _push(repo: str, about: Source, private: bool, create_pr: bool, dry_run: boo
             sources = [about.origin.dataset] if about.origin.dataset else []
             run, methods, base = adapters
             plans["model"] = models.files(run, methods, base, repo, repo, sources, scratch)
-        reports = []
+        reports = list[Report]()
         for kind, files in plans.items():
             sizes = {name: file.stat().st_size for name, file in files.items()}
             report = Report(repo, kind, files["README.md"].read_text("utf-8"), sizes)

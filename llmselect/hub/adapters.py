@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llmselect
 from llmselect import atomic
@@ -32,7 +33,7 @@ def files(run: Path, methods: Sequence[str] | None, base: str, repo: str, datase
     Errors: `UsageError` when there are no adapters; `LlmselectError` naming a damaged one.
     """
     found: dict[str, Path] = {}
-    told = []
+    told = list[dict[str, Any]]()
     for folder in _folders(run, methods):
         place = f"{folder.parent.name}/{folder.name}"
         made = _public(folder, base, scratch / "adapters" / place)

@@ -115,7 +115,7 @@ def render(template: str, head: Mapping[str, Any], **values: Any) -> str:
     import yaml
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment: Any = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"cell": cell, "pairs": pairs, "fenced": fenced}
     # ASCII, so that no other reader takes U+0085 and the like for the end of a line.
     front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=False, width=1000)
@@ -131,7 +131,7 @@ def cell(value: object) -> Any:
     return Markup((flat if len(flat) <= 300 else flat[:299] + "…").translate(_MARKS))
 
 
-def pairs(value: Any) -> str:
+def pairs(value: Mapping[Any, Any] | None) -> str:
     """A mapping as `key: value, …`; None stays empty."""
     return ", ".join(f"{key}: {one}" for key, one in (value or {}).items())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +34,8 @@ class Source:
     pool: Dataset
     pool_digest: str
     origin: Origin
-    versions: Mapping[str, str] = field(default_factory=dict)
-    features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 def files(source: Source, repo: str, scratch: Path, uploaded: Mapping[str, Path]) -> dict[str, Path]:

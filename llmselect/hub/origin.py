@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ import numpy as np
 
 from llmselect import adapter_card, config
 from llmselect.errors import UsageError
+from llmselect.plain import is_list, is_mapping, is_sequence
 from llmselect.recipe import Recipe, looks_like_path
 
 if TYPE_CHECKING:
@@ -34,9 +37,9 @@ _INSIDE = re.compile(r"(?<![\w.:/])(?:/[\w.+@~-]+){2,}/?")  # a folder inside a 
 
 def clean(value: Any) -> Any:
     """`value` with every folder of this machine in its texts cut to the last part."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {name: clean(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         return [clean(one) for one in value]
     if not isinstance(value, str):
         return value
@@ -49,7 +52,7 @@ class Licence:
 
     id: str | None = None
     name: str | None = None
-    rows: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def of_dataset(name: str | None) -> Origin:
     found = try_to_load_from_cache(name, "README.md", repo_type="dataset")
     if not isinstance(found, str):
         return Origin(name, name)
+    head: dict[str, Any]
     try:
         head = DatasetCard.load(Path(found), ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError):
@@ -89,7 +93,7 @@ def of_dataset(name: str | None) -> Origin:
     if licence == "other":
         licence = head.get("license_name") or licence
     language = head.get("language")
-    language = language[0] if isinstance(language, list) and len(language) == 1 else language
+    language = language[0] if is_list(language) and len(language) == 1 else language
     # Of several languages nobody knows which ones the selected rows are in.
     language = language if isinstance(language, str) else None
     stated = label(licence)
@@ -143,7 +147,8 @@ def check_id(name: str, where: str) -> str:
 def licence_of(pool: Dataset, rows: np.ndarray, stated: str | None) -> Licence:
     """The licence of `rows`: what each says, else `stated`, what the dataset they come from says; never invented."""
     if "license" in pool.column_names:
-        found = Counter(label(one or stated) for one in pool.select_columns(["license"]).select(rows)["license"])
+        told: list[Any] = [*pool.select_columns(["license"]).select(rows)["license"]]
+        found = Counter(label(one or stated) for one in told)
     else:
         found = Counter({label(stated): len(rows)})
     counts = dict(sorted(found.items(), key=lambda one: (-one[1], one[0])))
@@ -159,7 +164,7 @@ def licence_of(pool: Dataset, rows: np.ndarray, stated: str | None) -> Licence:
 
 def label(stated: Any) -> str:
     """A licence by the Hub's identifier where it is only written otherwise (`CC BY 4.0`), else as stated."""
-    stated = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated or "")
+    stated = ", ".join(map(str, stated)) if is_list(stated) else str(stated or "")
     if not stated.strip():
         return NOT_STATED
     plain = re.sub(r"[\s_]+", "-", stated.strip().lower())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# matplotlib has types in part.
+# pyright: reportUnknownMemberType=false
 import logging
 import warnings
 from collections.abc import Mapping, Sequence

@@ -54,9 +54,9 @@ def connect(repo: str) -> tuple[Any, str, str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    api = HfApi(library_name="llmselect")
+    api: Any = HfApi(library_name="llmselect")
     try:
-        name = patiently(api.whoami, "log in")["name"]
+        name: str = patiently(api.whoami, "log in")["name"]
     except LocalTokenNotFoundError:
         raise UsageError("pushing needs a token of the Hub; type: hf auth login, or set HF_TOKEN") from None
     except HfHubHTTPError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# pyarrow and datasets have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,9 +108,10 @@ def _column(values: np.ndarray, kind: Any) -> Any:
 
 def write_scores(subsets: Sequence[Subset], pool: Dataset, file: Path) -> bool:
     """Ids and scores of every row of the pool, a column per selection that has scores; False if none has."""
-    import pyarrow as pa
+    import pyarrow
     import pyarrow.parquet as pq
 
+    pa: Any = pyarrow
     scored = {one.name: one.selection.scores for one in subsets if one.selection.scores is not None}
     if not scored:
         return False
@@ -144,7 +147,8 @@ def mix(subsets: Sequence[Subset], pool: Dataset, most: int = 20) -> Mix | None:
     numbers = np.empty(len(pool), np.int64)
     narrow = pool.select_columns(["source"])
     for start in range(0, len(pool), BATCH):
-        names = narrow[start : start + BATCH]["source"]
+        part: dict[str, list[Any]] = narrow[start : start + BATCH]
+        names = part["source"]
         numbers[start : start + len(names)] = [known.setdefault(clean(str(name or NOT_STATED)), len(known)) for name in names]
     counts = Counter(numbers.tolist())
     names = list(known)

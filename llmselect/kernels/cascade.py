@@ -10,8 +10,7 @@ Import it where it is used: numba, which it needs at once, takes a second to imp
 from __future__ import annotations
 
 # scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # scikit-learn has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import logging
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +17,14 @@ class Coverage:
     either side, else 0. Memory 16 bytes per edge."""
 
     def __init__(self, near: np.ndarray, cosine: np.ndarray):
-        from scipy.sparse import coo_array, csr_array, eye_array
+        import scipy.sparse
 
+        sparse: Any = scipy.sparse
         n, k = near.shape
         row, keep = np.repeat(np.arange(n, dtype=np.int32), k), (near.ravel() >= 0) & (cosine.ravel() > 0)
         value = np.minimum(cosine.ravel()[keep], 1)
-        edges = csr_array(coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
-        self.edges = csr_array(edges.maximum(edges.T).maximum(eye_array(n, format="csr")))
+        edges = sparse.csr_array(sparse.coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
+        self.edges = sparse.csr_array(edges.maximum(edges.T).maximum(sparse.eye_array(n, format="csr")))
         self.covered = np.zeros(n)
 
     def bounds(self) -> np.ndarray:

@@ -5,9 +5,11 @@ Paper: Pati, Rezaiifar, Krishnaprasad, Asilomar 1993; for subsets of training da
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from llmselect.kernels.rows import BLOCK, Rows
+from llmselect.kernels.rows import BLOCK, HELD, Rows
 
 SPENT = 1e-6  # share of the vector below which what is left is rounding
 
@@ -16,13 +18,15 @@ def pursue(x: Rows, members: np.ndarray, aim: np.ndarray, count: int, keys: np.n
     """`count` of the rows `members` of `x`, each the one with the largest ⟨x_i, r⟩, r what the span of those before leaves of
     `aim [d]`; and the share ‖r‖ / ‖aim‖ that is left after each. When nothing is left, `aim` is matched anew by other rows.
 
-    Products are compared in float32, equal ones by ascending key. Time O(count · members · d), memory O(count · d).
+    Products are compared in float32, equal ones by ascending key. Time O(count · members · d), memory O(count · d) and the
+    members, where they are at most 256 MB; else they are read anew for every row taken.
     """
     order, left = np.empty(count, np.int64), np.empty(count)
     free, whole = np.ones(len(members), bool), float(np.linalg.norm(aim))
     rest, basis = aim.copy(), np.zeros((0, len(aim)))
+    held = [x.gather(members)] if len(members) * len(aim) <= HELD else None
     for i in range(count):
-        inner = np.concatenate([x.gather(members[at : at + BLOCK]) @ rest for at in range(0, len(members), BLOCK)])
+        inner = np.concatenate([part @ rest for part in held or _parts(x, members)])
         inner = np.where(free, inner.astype(np.float32), -np.inf)
         tied = np.flatnonzero(inner == inner.max())
         best = int(tied[keys[members[tied]].argmin()])
@@ -38,3 +42,7 @@ def pursue(x: Rows, members: np.ndarray, aim: np.ndarray, count: int, keys: np.n
         if left[i] <= SPENT or len(basis) == len(aim):
             rest, basis = aim.copy(), basis[:0]
     return order, left
+
+
+def _parts(x: Rows, members: np.ndarray) -> Iterator[np.ndarray]:
+    return (x.gather(members[at : at + BLOCK]) for at in range(0, len(members), BLOCK))

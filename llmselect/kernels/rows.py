@@ -22,6 +22,14 @@ class Rows:
     Errors: `LlmselectError` naming rows that are not finite.
     """
 
+    x: Any
+    normalize: bool
+    wide: int  # columns of x
+    folded: bool
+    shape: tuple[int, int]
+    signs: np.ndarray
+    turns: list[int]
+
     def __init__(self, x: Any, *, normalize: bool = True, dim: int | None = None):
         self.x, self.normalize, self.wide = x, normalize, int(x.shape[1])
         self.folded = dim is not None and self.wide > dim
@@ -29,7 +37,7 @@ class Rows:
         if self.folded:
             draw = generator(0, "columns", "fold")
             self.signs = random_signs(draw, self.wide)
-            words = np.asarray(draw.bit_generator.random_raw(-(-self.wide // self.shape[1])), np.uint64)  # type: ignore[attr-defined]
+            words = np.asarray(draw.bit_generator.random_raw(-(-self.wide // self.shape[1])), np.uint64)
             self.turns = [int(word) for word in words % np.uint64(self.shape[1])]
 
     def __len__(self) -> int:

@@ -9,9 +9,6 @@ shard and in any process have the same coordinates.
 
 from __future__ import annotations
 
-# torch.from_numpy takes arrays of any type.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +27,7 @@ def generator(seed: int, layer: str, role: str) -> np.random.Generator:
 
 def random_signs(source: np.random.Generator, count: int) -> np.ndarray:
     """`[count]` int8 of ±1, from raw bits: NumPy promises those of a bit generator across releases, not its distributions."""
-    words = np.asarray(source.bit_generator.random_raw(-(-count // 64)), "<u8")  # type: ignore[attr-defined]
+    words = np.asarray(source.bit_generator.random_raw(-(-count // 64)), "<u8")
     return 2 * np.unpackbits(words.view(np.uint8), count=count).astype(np.int8) - 1
 
 
@@ -39,7 +36,7 @@ def rademacher(seed: int, layer: str, rows: int, columns: int) -> torch.Tensor:
     import torch
 
     signs = random_signs(generator(seed, layer, "project"), rows * columns).reshape(rows, columns)
-    return torch.from_numpy(signs.astype(np.float32) / np.float32(np.sqrt(rows)))
+    return torch.as_tensor(signs.astype(np.float32) / np.float32(np.sqrt(rows)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +54,8 @@ class Fold:
         import torch
 
         draw = generator(seed, layer, "fold")
-        signs = torch.from_numpy(random_signs(draw, size).astype(np.float32)).to(device)
-        turns = np.asarray(draw.bit_generator.random_raw(-(-size // dim)), np.uint64)  # type: ignore[attr-defined]
+        signs = torch.as_tensor(random_signs(draw, size).astype(np.float32)).to(device)
+        turns = np.asarray(draw.bit_generator.random_raw(-(-size // dim)), np.uint64)
         return cls(signs, tuple(int(word) for word in turns % np.uint64(dim)), dim)
 
     def add(self, out: torch.Tensor, vectors: torch.Tensor) -> None:

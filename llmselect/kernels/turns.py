@@ -26,7 +26,8 @@ def queries_in_turn(
         count = min(n, 2 * count)  # a list ran out before its turn ended: look deeper
 
 
-def take_turns(lists: list[np.ndarray], group: np.ndarray, place: np.ndarray, k: int, n: int):
+def take_turns(lists: list[np.ndarray], group: np.ndarray, place: np.ndarray, k: int,
+               n: int) -> tuple[np.ndarray, np.ndarray, bool]:  # fmt: skip
     """Round robin in which each group has one turn per round and its queries share those turns in rotation.
 
     Returns rows, the query of each, and whether a list ended although the pool has more rows than it holds.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 # scipy.linalg has no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,15 +66,16 @@ def _blas() -> Any:
 
 
 def _inverse_root(covariance: np.ndarray, kind: Kind) -> np.ndarray:
-    from scipy.linalg import LinAlgError, cholesky, eigh, solve_triangular
+    import scipy.linalg
 
+    linalg: Any = scipy.linalg
     try:
         if kind == "cholesky":
-            lower = cholesky(covariance, lower=True)
-            return solve_triangular(lower, np.eye(len(covariance)), lower=True)
-        values, vectors = eigh(covariance)
+            lower = linalg.cholesky(covariance, lower=True)
+            return linalg.solve_triangular(lower, np.eye(len(covariance)), lower=True)
+        values, vectors = linalg.eigh(covariance)
         return (vectors / np.sqrt(np.maximum(values, 1e-300))) @ vectors.T
-    except LinAlgError as error:
+    except linalg.LinAlgError as error:
         raise LlmselectError("whitening: the covariance is singular; give a larger ridge") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportUnknownVariableType=false
 import json
 from collections import Counter
 from pathlib import Path
@@ -61,7 +63,8 @@ def source_counts(run: Run) -> tuple[list[str], list[int]]:
     counted: Counter[str] = Counter()
     data = run.pool.select_columns(["source"])
     for start in range(0, len(data), 8192):
-        counted.update(data[start : start + 8192]["source"])
+        part: dict[str, list[str]] = data[start : start + 8192]
+        counted.update(part["source"])
     top = sorted(counted.items(), key=lambda one: (-one[1], one[0]))
     kept = top if len(top) <= SOURCES else top[: SOURCES - 1]
     rest = sum(count for _, count in top[len(kept) :])
@@ -76,7 +79,7 @@ def codes(found: list[str], names: list[str]) -> list[int]:
 
 def targets(run: Run) -> list[dict[str, Any]]:
     """Group and text of every target row."""
-    data = run.target
+    data: dict[str, Any] = run.target[:]
     return [{"group": group, "text": excerpt(chat, FULL)} for group, chat in zip(data["group"], data["messages"], strict=True)]
 
 
@@ -86,7 +89,7 @@ def rows(run: Run, shown: np.ndarray, full: np.ndarray, names: list[str]) -> dic
     explained = np.isin(shown, full)
     for start in range(0, len(shown), 1000):
         at = slice(start, start + 1000)
-        part = run.pool[shown[at]]
+        part: dict[str, Any] = run.pool[shown[at]]
         out["id"] += part["id"]
         out["source"] += codes(part["source"], names)
         long = explained[at]
@@ -97,7 +100,7 @@ def rows(run: Run, shown: np.ndarray, full: np.ndarray, names: list[str]) -> dic
 
 def excerpt(messages: list[dict[str, str]], most: int) -> list[list[Any]]:
     """`[role, text, characters left out]` of each message; what room there is, is shared between them."""
-    out, kept = [], messages[:TURNS]
+    out, kept = list[list[Any]](), messages[:TURNS]
     for i, message in enumerate(kept):
         text, room = message["content"], most // (len(kept) - i)
         out.append([message["role"], text[:room], max(0, len(text) - room)])
@@ -165,12 +168,12 @@ def listed(indices: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def sources_of(run: Run, indices: np.ndarray) -> list[str]:
     """The source of each row of a selection."""
-    return list(run.pool.select_columns(["source"])[np.asarray(indices)]["source"]) if len(indices) else []
+    return [*run.pool.select_columns(["source"])[np.asarray(indices)]["source"]] if len(indices) else []
 
 
 def explained(run: Run, views: list[View], shown: np.ndarray) -> list[dict[str, Any]]:
     """Per selection the entries of its rows on the page and of its best rejects."""
-    explainer, found = Explainer(run), []
+    explainer, found = Explainer(run), list[dict[str, Any]]()
     for view in views:
         ranks, _ = listed(view.selection.indices, shown)
         left = view.rejects[np.isin(view.rejects, shown)]
@@ -181,7 +184,7 @@ def explained(run: Run, views: list[View], shown: np.ndarray) -> list[dict[str, 
 
 def chats(run: Run, indices: np.ndarray) -> list[Any]:
     """The messages of some rows."""
-    return list(run.pool.select_columns(["messages"])[np.asarray(indices)]["messages"]) if len(indices) else []
+    return [*run.pool.select_columns(["messages"])[np.asarray(indices)]["messages"]] if len(indices) else []
 
 
 def method_report(report: dict[str, Any]) -> dict[str, Any]:

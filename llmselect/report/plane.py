@@ -66,7 +66,8 @@ class Plane:
     def nearest(self, rows: np.ndarray, target: Any) -> tuple[np.ndarray, np.ndarray]:
         """The target row of highest cosine for each of `rows`, and that cosine; -1 and NaN where a row has none."""
         index, cosine = np.full(len(rows), -1), np.full(len(rows), np.nan)
-        theirs = np.setdiff1d(np.arange(target.shape[0]), target.non_finite)
+        count: int = target.shape[0]
+        theirs = np.setdiff1d(np.arange(count), target.non_finite)
         good = np.flatnonzero(~np.isin(rows, self.x.non_finite))
         if not len(theirs):
             return index, cosine

@@ -29,7 +29,7 @@ class View:
     score: np.ndarray | None  # of the selected rows
     rejects: np.ndarray
     reject_score: np.ndarray
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def read_views(run: Run) -> list[View]:
@@ -59,7 +59,11 @@ def selection_files(run: Run) -> list[Path]:
     files = [f for f in (run.folder / "selections").glob("*/seed-*/selection.json") if f.parent.name[5:].isdigit()]
     if not files:
         raise UsageError(f"{run.folder} has no selections to report on; type: llmselect select {run.folder / 'config.yaml'}")
-    order = lambda f: (place.get(f.parent.parent.name, len(place)), f.parent.parent.name, int(f.parent.name[5:]))  # noqa: E731
+
+    def order(file: Path) -> tuple[int, str, int]:
+        method, seed = file.parent.parent.name, file.parent.name
+        return place.get(method, len(place)), method, int(seed[5:])
+
     return sorted(files, key=order)
 
 
@@ -97,7 +101,10 @@ def score_histogram(scores: np.ndarray, chosen: np.ndarray) -> dict[str, Any] | 
     low, high = (float(q) for q in np.quantile(finite, [0.001, 0.999]))
     if low == high:
         low, high = low - 0.5, high + 0.5
-    count = lambda part: np.histogram(np.clip(part, low, high), BINS, (low, high))[0].tolist()  # noqa: E731
+
+    def count(part: np.ndarray) -> list[int]:
+        return np.histogram(np.clip(part, low, high), BINS, (low, high))[0].tolist()
+
     mine = scores[chosen]
     return {"low": low, "high": high, "pool": count(finite), "selected": count(mine[np.isfinite(mine)])}
 

@@ -25,7 +25,8 @@ class Explainer:
 
     def __init__(self, run: Run):
         self.run = run
-        self.groups = list(dict.fromkeys(run.target["group"]))
+        self.named: list[str] = [*run.target["group"]]
+        self.groups = list(dict.fromkeys(self.named))
         self._encoders: dict[tuple[str, Any], Any] = {}
 
     def _encoder(self, view: View) -> Any:
@@ -107,7 +108,7 @@ class Explainer:
 
     @cached_property
     def _rows_of_group(self) -> dict[str, np.ndarray]:
-        named = np.asarray(self.run.target["group"])
+        named = np.asarray(self.named)
         return {group: np.flatnonzero(named == group) for group in self.groups}
 
     def _heat(self, view: View, tops: dict[str, np.ndarray], messages: Sequence[Any],
@@ -118,7 +119,7 @@ class Explainer:
         names = self._columns(view)
         encoder = self._encoder(view)
         rows = None if encoder is None else encoder.encode(list(messages))
-        found = []
+        found = list[list[dict[str, Any]]]()
         for i in range(len(messages)):
             at = names.index(group) if (group := groups[i]) in names and group else int(tops["top_score"][i].max(1).argmax())
             top = {name: values[i][min(at, len(values[i]) - 1)] for name, values in tops.items()}
@@ -130,7 +131,7 @@ class Explainer:
 def _latents(evidence: dict[str, Any]) -> dict[str, Any]:
     """Latents with the row's value and the target's."""
     value, theirs = evidence.get("value"), evidence.get("target_value")
-    rows = []
+    rows = list[list[int | float | None]]()
     for i, latent in enumerate(evidence["latent"]):
         if latent >= 0:
             rows.append([int(latent), *(None if one is None else round(float(one[i]), 4) for one in (value, theirs))])

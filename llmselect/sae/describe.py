@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# datasets has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +46,19 @@ def describe(pool: Dataset, x: SparseArray, sae: Any, backbone: Backbone, layer:
 
     from llmselect.engine.batch import collate
 
-    found = []
+    found = list[dict[str, Any]]()
     for latent, (strongest, firing) in strongest_rows(x, latents, rows).items():
-        shown = []
+        shown = list[dict[str, Any]]()
         for row, mean in strongest:
-            (encoded,) = backbone.encoder.encode([pool[row]["messages"]])
+            of: dict[str, Any] = pool[row]
+            (encoded,) = backbone.encoder.encode([of["messages"]])
             batch = collate(backbone, [encoded], (layer,))
             with torch.inference_mode():
                 values = sae.encode(batch.hidden(layer)[0].float())[:, latent].masked_fill(~batch.scope("all")[0], 0)
             at = int(values.argmax())
             cuts = (slice(max(0, at - CONTEXT), at), slice(at, at + 1), slice(at + 1, at + 1 + CONTEXT))
             pieces = [backbone.tokenizer.decode(encoded.ids[cut]) for cut in cuts]
-            shown.append({"row": row, "id": pool[row]["id"], "source": pool[row]["source"], "mean": mean,
+            shown.append({"row": row, "id": of["id"], "source": of["source"], "mean": mean,
                           "peak": float(values[at]), "before": pieces[0], "token": pieces[1], "after": pieces[2]})  # fmt: skip
         found.append({"latent": latent, "fires_in": firing / len(x), "rows": shown})
     return found
@@ -63,7 +66,7 @@ def describe(pool: Dataset, x: SparseArray, sae: Any, backbone: Backbone, layer:
 
 def text(found: Sequence[dict[str, Any]]) -> str:
     """The description for a person: one block per latent, the peak token in brackets."""
-    lines = []
+    lines = list[str]()
     for one in found:
         lines.append(f"latent {one['latent']}: fires in {one['fires_in']:.1%} of the rows")
         for row in one["rows"]:

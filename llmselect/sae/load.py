@@ -6,6 +6,8 @@ are tried on text, and the one that the SAE reconstructs is taken.
 
 from __future__ import annotations
 
+# sae-lens has no types.
+# pyright: reportMissingTypeStubs=false
 import hashlib
 import logging
 import os
@@ -50,7 +52,8 @@ def load(path: str, sae_id: str | None = None, device: str = "cpu") -> Any:
     return sae.eval().requires_grad_(False)
 
 
-def _sparsify(path: Any, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None) -> tuple[dict, dict]:
+def _sparsify(path: Any, device: str = "cpu",
+              cfg_overrides: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:  # fmt: skip
     """sae-lens's reader of sparsify folders, which takes the decoder for its transpose."""
     from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
 

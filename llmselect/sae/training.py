@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+# sae-lens and datasets have no types, torch has them in part.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +17,7 @@ import numpy as np
 
 from llmselect import atomic, config
 from llmselect.errors import LlmselectError, UsageError, require
+from llmselect.sae.states import States
 
 if TYPE_CHECKING:
     import torch
@@ -112,54 +115,11 @@ def _finished(out: Path, key: Mapping[str, Any]) -> SaeReport | None:
     return SaeReport(**stored["report"])
 
 
-class States:
-    """Hidden states `[N, d]` of a pool's prompt and response tokens, row block by row block in a seeded order.
-
-    A place in the stream is (epoch, row), so that a resumed training goes on where it was.
-    """
-
-    def __init__(self, pool: Dataset, backbone: Backbone, layer: int, settings: SaeTraining):
-        self.pool, self.backbone, self.layer, self.settings = pool, backbone, layer, settings
-        order = np.random.default_rng([settings.seed, 1]).permutation(len(pool))
-        self.held_out, self.rows = order[: settings.held_out_rows], order[settings.held_out_rows :]
-
-    def of(self, rows: np.ndarray) -> torch.Tensor:
-        """The states of these rows, in fp32."""
-        import torch
-
-        from llmselect.engine.batch import collate, plan
-        from llmselect.engine.passes import default_batch_tokens
-
-        encoded = [row for row in self.backbone.encoder.encode(self.pool[rows]["messages"]) if len(row.ids)]
-        found = []
-        with torch.inference_mode():
-            for batch in plan([len(row.ids) for row in encoded], default_batch_tokens()):
-                made = collate(self.backbone, [encoded[i] for i in batch], (self.layer,))
-                found.append(made.hidden(self.layer)[made.scope("all")].float())
-        return torch.cat(found).clone()
-
-    def buffers(self, epoch: int, row: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(epoch, row after, shuffled states of at least `buffer_tokens`), for ever."""
-        import torch
-
-        block = 256
-        while True:
-            order = np.random.default_rng([self.settings.seed, 2, epoch]).permutation(self.rows)
-            while row < len(order):
-                first, parts, count = row, [], 0
-                while row < len(order) and count < self.settings.buffer_tokens:
-                    parts.append(self.of(order[row : row + block]))
-                    count, row = count + len(parts[-1]), row + block
-                states = torch.cat(parts)
-                mix = np.random.default_rng([self.settings.seed, 3, epoch, first]).permutation(len(states))
-                yield epoch, row, states[torch.from_numpy(mix).to(states.device)]
-            epoch, row = epoch + 1, 0
-
-
 class _Training:
     """sae-lens's trainer, fed buffer by buffer; between buffers its whole state can be written."""
 
-    def __init__(self, pool: Dataset, backbone: Backbone, layer: int, settings: SaeTraining, scratch: Path, key: dict):
+    def __init__(self, pool: Dataset, backbone: Backbone, layer: int, settings: SaeTraining, scratch: Path,
+                 key: dict[str, Any]):  # fmt: skip
         import torch
 
         os.environ.setdefault("WANDB_MODE", "disabled")
@@ -172,16 +132,20 @@ class _Training:
 
     def fit(self) -> None:
         """Train to the end, from the last checkpoint if there is one."""
+        import torch
+
         from llmselect.engine.progress import Progress
 
+        linalg: Any = torch.linalg
         self._resume()
         trainer, settings, last = self.trainer, self.settings, time.monotonic()
         progress = Progress("SAE", settings.steps, trainer.n_training_steps, unit="step")
         for epoch, row, states in self.states.buffers(*self.place):
             if trainer.activation_scaler.scaling_factor is None:
-                trainer.activation_scaler.scaling_factor = states.shape[1] ** 0.5 / float(states.norm(dim=1).mean())
+                length = float(linalg.vector_norm(states, dim=1).mean())
+                trainer.activation_scaler.scaling_factor = states.shape[1] ** 0.5 / length
             full = states[: len(states) // settings.batch_tokens * settings.batch_tokens]
-            for batch in full.split(settings.batch_tokens):
+            for batch in torch.split(full, settings.batch_tokens):
                 if trainer.n_training_steps == settings.steps:
                     progress.close()
                     return
@@ -196,7 +160,8 @@ class _Training:
                 last = time.monotonic()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        trainer, found = self.trainer, {}
+        trainer: Any = self.trainer
+        found: dict[str, torch.Tensor] = {}
         for name, parameter in trainer.sae.named_parameters():
             found[f"sae.{name}"] = parameter.data
             found |= {f"adam.{name}.{k}": v for k, v in trainer.optimizer.state.get(parameter, {}).items()}
@@ -214,13 +179,14 @@ class _Training:
         atomic.write_bytes(self.scratch / "state.safetensors", save(plain, {"about": json.dumps(about)}))
 
     def _resume(self) -> None:
-        from safetensors import safe_open
+        import safetensors
 
+        untyped: Any = safetensors
         file, trainer = self.scratch / "state.safetensors", self.trainer
         if not file.exists():
             return
-        with safe_open(file, "pt") as stored:
-            about, names = json.loads(stored.metadata()["about"]), list(stored.keys())
+        with untyped.safe_open(file, "pt") as stored:
+            about, names = json.loads(stored.metadata()["about"]), [*stored.keys()]
             if config.difference(about["key"], json.loads(json.dumps(self.key))):
                 log.info("SAE: %s is of another training; starting anew", file)
                 return
@@ -247,6 +213,8 @@ class _Training:
         """Write the SAE and what it reaches on the held-out rows."""
         import shutil
 
+        import torch
+
         from llmselect.sae.load import Unexplained, load
 
         trainer = self.trainer
@@ -258,7 +226,7 @@ class _Training:
             atomic.write_json(cfg, atomic.read_json(cfg, "run again"))
             sae, states = load(str(beside), device=str(self.backbone.device)), self.states.of(self.states.held_out)
             unexplained, fired = Unexplained(), 0
-            for part in states.split(4096):
+            for part in torch.split(states, 4096):
                 unexplained.add(sae, part)
                 fired += int((sae.encode(part) > 0).sum())
             report = SaeReport(round(unexplained.value, 6), round(fired / len(states), 3), dead, sae.cfg.d_sae,
@@ -283,8 +251,10 @@ def _trainer(settings: SaeTraining, backbone: Backbone, layer: int) -> Any:
     metadata = SAEMetadata(
         model_name=Path(backbone.path).name, hook_name=hook_of(layer), context_size=backbone.encoder.max_length
     )
-    shape = dict(d_in=backbone.hidden_size, d_sae=settings.expansion * backbone.hidden_size, k=settings.k, dtype="float32",
-                 device=device, normalize_activations="expected_average_only_in", metadata=metadata)  # fmt: skip
+    shape: dict[str, Any] = {
+        "d_in": backbone.hidden_size, "d_sae": settings.expansion * backbone.hidden_size, "k": settings.k, "dtype": "float32",
+        "device": device, "normalize_activations": "expected_average_only_in", "metadata": metadata,
+    }  # fmt: skip
     if settings.kind == "topk":
         sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**shape))
     else:

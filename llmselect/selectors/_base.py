@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# Hooks take what they declare, which no type says.
-# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportUnknownVariableType=false
 import inspect
 import logging
 from dataclasses import dataclass
@@ -91,8 +89,7 @@ class Selector:
             log.warning("%s: %d rows are left out: their features are not finite", self.name, len(bad))
         if len(lost):
             keys, cost = keys[rows], None if cost is None else np.asarray(cost)[rows]
-            aside = lambda k, v: Subset(v, rows) if k == "x" or hasattr(v, "lazy") else v[rows]  # noqa: E731
-            inputs = {k: v if k in OF_TARGET else aside(k, v) for k, v in inputs.items()}
+            inputs = {k: v if k in OF_TARGET else _aside(k, v, rows) for k, v in inputs.items()}
         if budget.tokens is None:
             picked = self._pick(min(budget.rows_of(n), len(rows)), Keyed(seed, keys), inputs)
         else:
@@ -109,9 +106,10 @@ class Selector:
         return Selection(order, n, scores, picked.weights, picked.evidence or {}, self.nested, made, chosen)
 
     def _pick(self, k: int, rng: Keyed, inputs: dict[str, Any]) -> Picked:
-        if hasattr(self, "pick"):
-            return self.pick(k, rng, **inputs)  # type: ignore[attr-defined]
-        scores = np.asarray(self.score(rng, **inputs))  # type: ignore[attr-defined]
+        method: Any = self
+        if hasattr(method, "pick"):
+            return method.pick(k, rng, **inputs)
+        scores = np.asarray(method.score(rng, **inputs))
         return Picked(topk_stable(scores, k, rng.keys), scores)
 
     def _pick_tokens(self, tokens: int, n: int, cost: Any, rng: Keyed, inputs: dict[str, Any]) -> Picked:
@@ -211,8 +209,13 @@ def _row_numbers(rows: Any, n: int) -> np.ndarray:
     return rows
 
 
-def inputs_of(cls: type) -> dict[str, bool]:
+def _aside(name: str, values: Any, rows: np.ndarray) -> Any:
+    """An input without the rows that are left out; `x` and what is computed on demand is not read for that."""
+    return Subset(values, rows) if name == "x" or hasattr(values, "lazy") else values[rows]
+
+
+def inputs_of(cls: type[Any]) -> dict[str, bool]:
     """The inputs a selector's hook declares, and whether each is required."""
-    hook = getattr(cls, "pick", None) or cls.score  # type: ignore[attr-defined]
+    hook = cls.pick if hasattr(cls, "pick") else cls.score
     parameters = inspect.signature(hook).parameters.values()
     return {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind is p.KEYWORD_ONLY}

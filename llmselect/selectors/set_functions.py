@@ -47,7 +47,7 @@ class _SetFunction(Selector):
         return self.optimizer == "stochastic"
 
     @property
-    def nested(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def nested(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - on the optimizer too
         return self.optimizer != "stochastic"  # its samples are larger for smaller budgets
 
     def _maximum(self, objective: Objective, k: int, rng: Keyed) -> Picked:
