@@ -164,10 +164,10 @@ class Recipe:
             check_refine(self.refine, self)
         validate(self.train)
         if self.color:
-            validate(self.color.train)
+            validate(self.color.train, "color.train")
         if self.warmup:
             _prefixed("warmup.budget", lambda: Budget.parse(self.warmup.budget if self.warmup else None))
-            validate(self.warmup.train)
+            validate(self.warmup.train, "warmup.train")
 
     def _check_names(self) -> None:
         """Names are folders' as well."""

@@ -157,7 +157,7 @@ def check(settings: Refine, recipe: Recipe) -> None:
     if judge not in OWN and looks_like_path(judge) and not (Path(judge) / "config.json").is_file():
         raise UsageError(f"refine.judge: {judge} is no folder with a config.json; give current, base, a model folder or Hub id")
     if settings.train:
-        validate(settings.train)
+        validate(settings.train, "refine.train")
 
 
 def _check_places(settings: Refine, recipe: Recipe) -> None:

@@ -92,7 +92,7 @@ class Budget:
 
 def _plain(value: Any) -> Any:
     """A number of NumPy, as arithmetic on arrays gives them, as one of Python; anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if hasattr(value, "item") and not np.ndim(value) else value
 
 
 def _checksum(about: Mapping[str, Any]) -> str:

@@ -96,25 +96,25 @@ class TrainResult:
     seconds: float
 
 
-def validate(train: Train) -> None:
-    """Check `sft` and `lora` against TRL and PEFT, and `schedule`, before any model loads.
+def validate(train: Train, where: str = "train") -> None:
+    """Check `sft` and `lora` of section `where` against TRL and PEFT, and `schedule`, before any model loads.
 
     Errors: `UsageError` naming the key: unknown, set by llmselect itself, or of a wrong value; `MissingExtra`.
     """
     planned(train.schedule)
     sft = require("trl", "train").SFTConfig
     lora = require("peft", "train").LoraConfig
-    for section, cls, given in (("train.sft", sft, train.sft), ("train.lora", lora, train.lora)):
+    for section, cls, given in ((f"{where}.sft", sft, train.sft), (f"{where}.lora", lora, train.lora)):
         known = [f.name for f in fields(cls)]
         for key in given:
-            if section == "train.sft" and key in OWNED:
-                raise UsageError(f"{section}.{key}: llmselect sets this itself; use {OWNED[key]}")
+            if cls is sft and key in OWNED:
+                raise UsageError(f"{section}.{key}: llmselect sets this itself; use {OWNED[key].replace('train.', f'{where}.')}")
             if key not in known:
                 raise UsageError(f"{section}.{key}: {cls.__name__} has no such setting.{nearest(key, known)}")
-    section = "train.sft"
+    section = f"{where}.sft"
     try:
         _sft(train, output_dir="unused")
-        section = "train.lora"
+        section = f"{where}.lora"
         _lora(train)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{section}: {str(error).strip().splitlines()[0]}") from error
