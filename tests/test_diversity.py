@@ -92,7 +92,10 @@ def test_apportion_is_exact_capped_and_within_one_row(k, sizes, data):
     assert shares.sum() == min(k, sum(sizes)) and (shares >= 0).all() and (shares <= sizes).all()
     proportional = apportion(k, sizes, sizes)
     if k <= sum(sizes):
-        assert (np.abs(proportional - k * np.array(sizes) / sum(sizes)) < 1 + 1e-9).all()
+        quota = k * np.array(sizes) / sum(sizes)
+        assert (np.abs(proportional - quota) < 1 + 1e-9).all()
+        more = proportional > quota + 1e-9  # those whose remainder was given out: the largest
+        assert (quota % 1)[more].min(initial=1) >= (quota % 1)[~more & (quota % 1 < 1 - 1e-9)].max(initial=0) - 1e-9
 
 
 def test_kmq_prefers_quality_within_clusters_of_proportional_budgets():

@@ -180,6 +180,13 @@ def test_seeds_and_streams_are_independent():
     assert np.abs(stats.pearsonr(draws[0][:-1], draws[0][1:]).statistic) < 0.04
 
 
+def test_no_row_draws_in_one_stream_what_another_draws_in_a_second():
+    """Keys that differ by the streams' words would, if a word were only laid over the key."""
+    keys = np.arange(1000, dtype=np.uint64)
+    words = Keyed(0, keys)._base("a") ^ Keyed(0, keys)._base("b")
+    assert (Keyed(0, keys).uniform("a") != Keyed(0, keys ^ words).uniform("b")).all()
+
+
 @given(seed=SEEDS, n=st.integers(1, 50))
 def test_a_draw_depends_on_its_own_id_only(seed, n):
     rng = np.random.default_rng(seed)
