@@ -10,7 +10,7 @@ import numpy as np
 
 from llmselect.errors import UsageError, nearest
 from llmselect.selection import Budget, Selection
-from llmselect.selectors._base import Selector, inputs_of
+from llmselect.selectors._base import Selector, inputs_of, token_costs
 
 REST = "*"
 Inputs = dict[str, Any]
@@ -60,7 +60,7 @@ def select_within(selector: Selector, budget: Any, limits: Limits, *, groups: An
     """
     parsed, groups = Budget.parse(budget), np.asarray(groups).astype(str)
     n = len(groups)
-    price = np.ones(n, np.int64) if parsed.tokens is None else _prices(cost, n)
+    price = np.ones(n, np.int64) if parsed.tokens is None else token_costs(cost, n)
     total = parsed.rows_of(n) if parsed.tokens is None else parsed.tokens
     held = np.setdiff1d(np.arange(n), np.asarray([] if exclude is None else exclude, np.int64))
     bounds = _Bounds(limits, groups, price, total, held)
@@ -78,12 +78,6 @@ def select_within(selector: Selector, budget: Any, limits: Limits, *, groups: An
     if not len(taken):
         raise UsageError(f"limits: no row fits into a budget of {total} within {asdict(limits)}")
     return _selection(ranked, taken, by, limits, parsed, ids, bool(limits.quotas))
-
-
-def _prices(cost: Any, n: int) -> np.ndarray:
-    if cost is None or len(cost) != n:
-        raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
-    return np.asarray(cost, np.int64)
 
 
 class _Bounds:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.mixing import Limits, select_within
 from llmselect.selection import Budget
 from llmselect.selectors import InsTag, KmRandom, Length, Random, TopK
 
@@ -48,7 +49,14 @@ def test_a_cost_that_no_row_has(wrong):
     cost = np.where(np.arange(N) == 4, wrong, 3.0)
     with pytest.raises(UsageError, match=rf"cost: rows \[4\] hold \[{wrong}\]"):
         Random().select({"tokens": 20}, cost=cost)
+    with pytest.raises(UsageError, match=rf"cost: rows \[4\] hold \[{wrong}\]"):
+        select_within(Random(), {"tokens": 20}, Limits(caps={"a": 0.5}), groups=np.array(list("ababababa")), cost=cost)
 
 
 def test_one_row_is_one_cluster():
     assert KmRandom().select(1, x=np.eye(N), exclude=range(1, N)).indices.tolist() == [0]
+
+
+def test_columns_that_take_turns_are_not_made_comparable():
+    with pytest.raises(UsageError, match="give reduce: mean or max too"):
+        TopK(standardize=True)

@@ -114,13 +114,7 @@ class Selector:
 
     def _pick_tokens(self, tokens: int, n: int, cost: Any, rng: Keyed, inputs: dict[str, Any]) -> Picked:
         """The longest prefix of the ranking that costs at most `tokens`; the ranking grows until it is long enough."""
-        if cost is None:
-            raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
-        cost = np.asarray(cost)
-        if len(bad := np.flatnonzero(~(np.isfinite(cost) & (cost >= 0) & (cost == np.floor(cost))))):
-            held = cost[bad[:5]].tolist()
-            raise UsageError(f"cost: rows {bad[:5].tolist()} hold {held}; give whole numbers of tokens, 0 or more")
-        cost = cost.astype(np.int64)
+        cost = token_costs(cost, n)
         k = n if self.chooses_size else min(n, max(16, int(1.2 * tokens / max(1.0, float(cost.mean())))))
         while True:
             picked = self._pick(k, rng, inputs)
@@ -196,6 +190,17 @@ def _not_finite(inputs: dict[str, Any]) -> np.ndarray:
     """Rows that the store marked as not finite in some feature; arrays made by hand are checked where they are ranked."""
     marked = [v.non_finite for k, v in inputs.items() if k not in OF_TARGET and hasattr(v, "non_finite")]
     return np.unique(np.concatenate(marked)) if marked else np.zeros(0, np.int64)
+
+
+def token_costs(cost: Any, n: int) -> np.ndarray:
+    """`[n]` int64, what a budget in tokens counts. Errors: `UsageError` without them, or where they count no tokens."""
+    if cost is None or len(cost) != n:
+        raise UsageError("a budget in tokens needs cost=, the supervised tokens of each row")
+    cost = np.asarray(cost)
+    if len(bad := np.flatnonzero(~(np.isfinite(cost) & (cost >= 0) & (cost == np.floor(cost))))):
+        held = cost[bad[:5]].tolist()
+        raise UsageError(f"cost: rows {bad[:5].tolist()} hold {held}; give whole numbers of tokens, 0 or more")
+    return cost.astype(np.int64)
 
 
 def _row_numbers(rows: Any, n: int) -> np.ndarray:

@@ -45,6 +45,8 @@ class TopK(Selector):
     def __post_init__(self) -> None:
         if self.weights is not None and (self.reduce != "mean" or min(self.weights, default=-1) < 0 or not sum(self.weights)):
             raise UsageError(f"weights: {list(self.weights)} must not be negative nor all zero, and need reduce: mean")
+        if self.standardize and self.reduce == "round_robin":
+            raise UsageError("standardize: columns that take turns are never compared; give reduce: mean or max too")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
         scores = np.array(x[:]).reshape(x.shape[0], -1)
