@@ -57,7 +57,11 @@ def main() -> None:
         held_out = pool.select(mixed[a.rows : a.rows + 3 * a.test_rows])
         for name, schedule in ARMS.items():
             file = a.out / "cells" / f"{name.replace(' ', '').replace('%', '')}-{seed}.json"
-            if not file.exists():
+            if file.exists():
+                kept = json.loads(file.read_text())
+                if (kept["rows"], kept["epochs"]) != (a.rows, a.epochs):
+                    raise SystemExit(f"{file} is of {kept['rows']} rows and {kept['epochs']} epochs; give another --out")
+            else:
                 made = schedule(a.rows, np.random.default_rng([seed, 1]))
                 found = trained(a, pool.select(mixed[: a.rows]), made, seed, {"pool": held_out, **tests})
                 file.parent.mkdir(parents=True, exist_ok=True)
