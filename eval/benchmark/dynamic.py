@@ -1,6 +1,6 @@
 """Schedules that choose other rows every epoch, against all rows and a fixed half, on one model and pool.
 
-    python eval/benchmark/dynamic.py --model DIR --pool FILE [--targets DIR] [--rows 300] [--epochs 6] [--seeds 0 1 2]
+    python eval/benchmark/dynamic.py --model DIR --pool FILE --targets DIR [--rows 300] [--epochs 6] [--seeds 0 1 2]
 
 Fine-tunes LoRA adapters on random rows of the pool for the same number of epochs, the learning rate planned for what each
 schedule sees. A seed draws the rows, their order and the adapter's first values; all arms of a seed train on the same rows.
@@ -31,6 +31,7 @@ ARMS: dict[str, Any] = {
     "infobatch": lambda n, rng: InfoBatch(),
     "seta": lambda n, rng: SeTa(),
 }
+SETTINGS = ("tasks", "rows", "test_rows", "epochs", "batch", "learning_rate", "max_length")
 RESULTS = Path(__file__).parents[1] / "results" / "dynamic"
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--pool", type=Path, required=True)
-    parser.add_argument("--targets", type=Path)
+    parser.add_argument("--targets", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "nl2bash", "wikisql", "csqa", "mbpp", "translate_en_fr"])
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--test-rows", type=int, default=100)
@@ -49,8 +50,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
+    settings = {name: getattr(a, name) for name in SETTINGS}
     pool = load_pool(a.pool)
-    tasks = {name: load_pool(a.targets / name / "test.jsonl.gz") for name in a.tasks} if a.targets else {}
+    tasks = {name: load_pool(a.targets / name / "test.jsonl.gz") for name in a.tasks}
     tests = {name: data.select(range(min(len(data), a.test_rows))) for name, data in tasks.items()}
     for seed in a.seeds:
         mixed = np.random.default_rng(seed).permutation(len(pool))
@@ -58,18 +60,15 @@ def main() -> None:
         for name, schedule in ARMS.items():
             file = a.out / "cells" / f"{name.replace(' ', '').replace('%', '')}-{seed}.json"
             if file.exists():
-                kept = json.loads(file.read_text())
-                if (kept["rows"], kept["epochs"]) != (a.rows, a.epochs):
-                    raise SystemExit(f"{file} is of {kept['rows']} rows and {kept['epochs']} epochs; give another --out")
+                if (kept := json.loads(file.read_text())["settings"]) != settings:
+                    raise SystemExit(f"{file} was made with {kept}; give another --out")
             else:
                 made = schedule(a.rows, np.random.default_rng([seed, 1]))
                 found = trained(a, pool.select(mixed[: a.rows]), made, seed, {"pool": held_out, **tests})
                 file.parent.mkdir(parents=True, exist_ok=True)
-                atomic.write_json(file, {"arm": name, "seed": seed, "rows": a.rows, "epochs": a.epochs, **found})
+                atomic.write_json(file, {"arm": name, "seed": seed, "settings": settings, **found})
                 print(file.stem, json.dumps(found), flush=True)
-    report = markdown([json.loads(f.read_text()) for f in sorted((a.out / "cells").glob("*.json"))])
-    atomic.write_text(a.out / "table.md", report)
-    print(report)
+    print(markdown([json.loads(f.read_text()) for f in sorted((a.out / "cells").glob("*.json"))]))
 
 
 def trained(a: argparse.Namespace, rows: Any, schedule: Any, seed: int, tests: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class GraphCut:
     """
 
     def __init__(self, x: Rows, penalty: float):
-        self.x, self.held, self.penalty, self.count = x, Held(x), penalty, 0
+        self.held, self.penalty, self.count = Held(x), penalty, 0
         self.sum = np.zeros(x.shape[1])
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         self.total = np.concatenate([(len(x) + rows @ whole) / 2 for _, rows in x.blocks()])
@@ -90,7 +90,7 @@ class LogDet:
     """
 
     def __init__(self, x: Rows, scale: float):
-        self.x, self.held, self.scale, self.inverse = x, Held(x), scale, np.eye(x.shape[1])
+        self.held, self.scale, self.inverse = Held(x), scale, np.eye(x.shape[1])
         self.taken, self.count, self.seen = np.zeros((16, x.shape[1])), 0, np.zeros(len(x), np.int64)
         self.form = np.concatenate([(rows**2).sum(1) for _, rows in x.blocks()])
 
