@@ -7,11 +7,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmselect.errors import LlmselectError, UsageError
+
+if TYPE_CHECKING:
+    from llmselect.token_cache import TokenCache
 
 log = logging.getLogger("llmselect")
 
@@ -96,6 +99,7 @@ class ChatEncoder:
     tokenizer: Any
     max_length: int
     template: str
+    cache: TokenCache | None = None  # where tokens are kept, and looked for first
 
     def __init__(self, tokenizer: Any, max_length: int, template: str | None = None):
         if not getattr(tokenizer, "is_fast", False):
@@ -146,6 +150,9 @@ class ChatEncoder:
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Tokens and masks of each conversation, cut to `max_length`."""
+        return self._encode(conversations) if self.cache is None else self.cache.encode(conversations, self._encode)
+
+    def _encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         if not len(conversations):
             return []
         layouts = [self._layout(messages) for messages in conversations]

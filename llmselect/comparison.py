@@ -82,6 +82,7 @@ def train_stage(run: Run) -> None:
                 dtype=model.dtype,
                 max_length=model.max_length,
                 provenance=about,
+                tokens=run.store.tokens,
             )
             log.info(
                 "trained %d of %d: %s, seed %d: %d rows, %d tokens, %d steps, %.1f s",
@@ -133,6 +134,7 @@ def measure(run: Run, method: str, seed: int | None) -> dict[str, np.ndarray]:
                 dtype=model.dtype,
                 max_length=model.max_length,
                 batch_tokens=run.recipe.batch_tokens,
+                tokens=run.store.tokens,
             )
         )
 

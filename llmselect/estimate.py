@@ -17,7 +17,8 @@ from llmselect.engine.progress import duration
 from llmselect.prepare import check_budgets, prepare
 from llmselect.recipe import Recipe
 from llmselect.selection import Budget, Selection
-from llmselect.stages import Run
+from llmselect.stages import TOKENS, Run
+from llmselect.token_cache import ROW_BYTES, TOKEN_BYTES
 
 SAMPLE = 512  # pool rows read and passed to measure speed
 FORWARD_ROWS = 128
@@ -41,6 +42,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         costly = _costly(run)
         run.recipe = replace(run.recipe, features={k: v for k, v in run.recipe.features.items() if k not in costly})
         seconds, bytes_per_row, tokens_per_row = _passes(run)
+        length = float(np.asarray(run.store[f"{TOKENS}.total"]).mean())
         step = 3 * _forward(run)  # forward and backward
         # Target rows are passed like rows of the pool: nothing beside n single passes, much where a row costs many.
         many = {name: round(each * (rows + len(run.target)) / 60, 2) for name, (each, _) in costly.items()}
@@ -54,6 +56,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "usable_rows": rows,
         "selected_rows": selected,
         "feature_bytes": int(bytes_per_row * rows),
+        "token_bytes": int((ROW_BYTES + TOKEN_BYTES * length) * rows),
         "extract_minutes": round(seconds * rows / 60 + sum(many.values()), 2),
         "costly_minutes": many,
         "trainings": trainings,
@@ -77,7 +80,7 @@ def count_rows(recipe: Recipe) -> int:
 
 def _passes(run: Run) -> tuple[float, float, float]:
     """Seconds and bytes per row of all features, and supervised tokens per row."""
-    from llmselect.stages import TOKENS, extract_stage
+    from llmselect.stages import extract_stage
 
     run.recipe = replace(
         run.recipe,
@@ -92,7 +95,7 @@ def _passes(run: Run) -> tuple[float, float, float]:
     timings = run.folder / "timings.json"
     told = json.loads(timings.read_text())
     seconds = time.monotonic() - start - told.get("warmup", 0.0) - told.get("color", 0.0)
-    size = sum(f.stat().st_size for f in Path(run.store.path).rglob("*.safetensors") if "@target" not in str(f))
+    size = sum(f.stat().st_size for f in Path(run.store.path).glob("[!.]*/*.safetensors") if "@target" not in str(f))
     tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())
     return seconds / len(run.pool), size / len(run.pool), tokens
 
@@ -155,6 +158,7 @@ def text(found: dict[str, Any], recipe: Recipe) -> str:
         [
             f"{recipe.name}: nothing was run; this is what to expect on this machine",
             f"  pool      {found['pool_rows']:,} rows, about {found['usable_rows']:,} usable",
+            f"            their tokens, kept: {found['token_bytes'] / 1e6:,.1f} MB",
             f"  extract   {len(recipe.features)} features, {found['feature_bytes'] / 1e6:,.1f} MB, {extracting}",
             *(
                 f"            of it {name}: {duration(60 * m)}, measured on {FEW} rows"

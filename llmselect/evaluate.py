@@ -51,8 +51,10 @@ def bootstrap(tasks: Sequence[np.ndarray], *, seed: int = 0, resamples: int = RE
 
 
 def row_losses(model: str, adapter: str | None, tests: Mapping[str, Dataset], *, dtype: Any = "auto",
-               max_length: int | None = None, batch_tokens: int | None = None) -> dict[str, np.ndarray]:  # fmt: skip
-    """Response NLL of every held-out row, task → `[rows]`, mean over the row's supervised tokens in nats.
+               max_length: int | None = None, batch_tokens: int | None = None,
+               tokens: Path | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Response NLL of every held-out row, task → `[rows]`, mean over the row's supervised tokens in nats. `tokens` is a
+    folder where the rows' tokens are kept.
 
     Errors: `LlmselectError` naming a row whose loss is not finite.
     """
@@ -61,12 +63,12 @@ def row_losses(model: str, adapter: str | None, tests: Mapping[str, Dataset], *,
     from llmselect.extractors.loss import Loss
 
     loss = Loss(model=model, adapter=adapter, dtype=dtype, max_length=max_length, without_prompt=False)
-    backbone = Backbone(model, adapter, dtype, max_length)
+    backbone = Backbone(model, adapter, dtype, max_length, tokens=tokens)
     run = Pass(backbone, {"loss": loss}, {}, {}, batch_tokens=batch_tokens or default_batch_tokens())
     found: dict[str, np.ndarray] = {}
     for task, data in tests.items():
-        parts: list[Any] = [data[start : start + 1024] for start in range(0, len(data), 1024)]
-        nll = np.concatenate([run.compute(p["messages"], p["id"], ["loss"])["loss"]["nll"] for p in parts])
+        spans = [(range(start, start + 1024), ["loss"]) for start in range(0, len(data), 1024)]
+        nll = np.concatenate([arrays["loss"]["nll"] for _, arrays in run.parts(data, spans)])
         if len(bad := np.flatnonzero(~np.isfinite(nll))):
             raise LlmselectError(f"{task}: held-out row {data[int(bad[0])]['id']} has loss {nll[bad[0]]} (of {len(bad)} such)")
         found[task] = nll

@@ -115,7 +115,7 @@ def _usable(run: Run) -> dict[str, Any]:
     """Rows with response text that fits; the others join the quarantine. Nothing of the model is loaded."""
     from llmselect.engine.backbone import Backbone
 
-    encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length).encoder
+    encoder = Backbone(run.recipe.model.path, max_length=run.recipe.model.max_length, tokens=run.store.tokens).encoder
     data, keep = run.opened("pool"), array.array("q")
     rejected = list[dict[str, str]]()
     for start in range(0, len(data), 1000):

@@ -108,9 +108,8 @@ class Run:
         if more:
             return Columns([self.array(one, tasks) for one in (name, *more)])
         found = self._on_demand(name) if self.recipe.lazy(name) else self.store[name]
-        if tasks is None or not self.recipe.extractor(name.partition(".")[0]).by_group:
-            return found
-        return tasks.pool_side(found)
+        by_group = self.recipe.extractor(name.partition(".")[0]).by_group
+        return found if tasks is None or not by_group else tasks.pool_side(found)
 
     def _on_demand(self, name: str) -> Any:
         from llmselect.engine.on_demand import lazy
@@ -167,8 +166,9 @@ def sae_stage(run: Run) -> Any:
 
     model = run.recipe.model
     assert run.recipe.sae is not None
+    backbone = Backbone(model.path, None, model.dtype, model.max_length, tokens=run.store.tokens)
     with run.timed("sae"):
-        return train_sae(run.pool, Backbone(model.path, None, model.dtype, model.max_length), run.folder / "sae", run.recipe.sae)
+        return train_sae(run.pool, backbone, run.folder / "sae", run.recipe.sae)
 
 
 def _tokens(run: Run) -> Any:
@@ -182,9 +182,8 @@ def _warm_up(run: Run) -> str:
     from llmselect.selectors.random import Random
     from llmselect.train import finetune
 
-    warmup, model = run.recipe.warmup, run.recipe.model
+    warmup, model, cost = run.recipe.warmup, run.recipe.model, None
     assert warmup is not None
-    cost = None
     if Budget.parse(warmup.budget).tokens is not None:
         extract(run.pool, run.store, {TOKENS: _tokens(run)}, target=run.target, shard_rows=run.recipe.shard_rows)
         cost = np.asarray(run.store[f"{TOKENS}.supervised"])
@@ -192,7 +191,8 @@ def _warm_up(run: Run) -> str:
     out = run.folder / "warmup"
     with run.timed("warmup"):
         finetune(chosen.to_dataset(run.pool), model.path, out, warmup.train, seed=warmup.seed, dtype=model.dtype,
-                 max_length=model.max_length, provenance={"selector": "random (warm-up)", "rows": len(chosen)})  # fmt: skip
+                 max_length=model.max_length, provenance={"selector": "random (warm-up)", "rows": len(chosen)},
+                 tokens=run.store.tokens)  # fmt: skip
     return str(out)
 
 

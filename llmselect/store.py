@@ -165,6 +165,11 @@ class FeatureStore:
     def __init__(self, path: Path | str):
         self.path: Path = Path(path)
 
+    @property
+    def tokens(self) -> Path:
+        """Where the tokens of the rows are kept: no feature has a name that starts with a dot."""
+        return self.path / ".tokens"
+
     def names(self) -> list[str]:
         """The features in the store, complete or not."""
         return sorted(p.parent.name for p in self.path.glob("*/spec.json"))

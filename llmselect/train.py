@@ -150,7 +150,7 @@ def _lora(train: Train) -> Any:
 
 def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, dtype: str = "float32",
              max_length: int | None = None, device: str | None = None, provenance: Mapping[str, Any] | None = None,
-             ) -> TrainResult:  # fmt: skip
+             tokens: Path | None = None) -> TrainResult:  # fmt: skip
     """Train a LoRA adapter on the responses of `rows` and save it to `out`, complete or absent.
 
     Loss of a step: −(1/N) Σ log p(token | what precedes it) over the step's N supervised tokens, whatever the number
@@ -166,6 +166,7 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
         max_length: tokens of a row, unless `train.max_length` is given; None takes the model's, at most 2048.
         device: `cpu` keeps off the GPU. Several GPUs: `accelerate launch`, one process each.
         provenance: how the rows were selected, for the adapter's card.
+        tokens: a folder where the rows' tokens are kept (`FeatureStore.tokens`).
 
     Errors: `UsageError` for wrong settings; `LlmselectError` when `out` holds something else, when a row has no
     supervised token, when loss or weights stop being finite, when memory runs out.
@@ -178,7 +179,7 @@ def finetune(rows: Dataset, model: str, out: Path, train: Train, *, seed: int, d
     from llmselect.engine.backbone import Backbone
     from llmselect.token_trainer import gathered, keep_checkpoints, run
 
-    backbone = Backbone(model, None, dtype, train.max_length or max_length, device)
+    backbone = Backbone(model, None, dtype, train.max_length or max_length, device, tokens)
     ids: list[str] = [*rows["id"]]
     key = {"model": model, "weights": _weights(backbone), "tokens": backbone.encoder.fingerprint,
            "rows": config.fingerprint(ids), "train": _settings(train), "seed": seed,

@@ -15,7 +15,8 @@ ROOT = Path(llmselect.__file__).parent
 # A module may import its own level and those before it. Place a new top-level module on the lowest level that works.
 LEVELS = (
     {"errors", "atomic", "registry", "selection", "store", "arrays", "array_views", "lazy", "notebook", "plain", "plots"},
-    {"config", "strict_yaml", "kernels", "pool", "formats", "readers", "decontaminate", "folds", "chat", "skeleton"},
+    {"config", "strict_yaml", "kernels", "pool", "formats", "readers", "decontaminate", "folds", "chat", "token_cache"}
+    | {"skeleton"},
     {"engine"},
     {"sae"},
     {"extractors", "selectors"},

@@ -99,9 +99,10 @@ def _one(run: Run, rows: np.ndarray, number: int) -> dict[str, Any]:
     start = time.monotonic()
     with TemporaryDirectory(prefix="llmselect-lds-") as scratch:
         out = Path(scratch) / "adapter"
-        finetune(chosen, model.path, out, run.recipe.train, seed=0, dtype=model.dtype, max_length=model.max_length)
+        finetune(chosen, model.path, out, run.recipe.train, seed=0, dtype=model.dtype, max_length=model.max_length,
+                 tokens=run.store.tokens)
         found = row_losses(model.path, str(out), run.tests, dtype=model.dtype, max_length=model.max_length,
-                           batch_tokens=run.recipe.batch_tokens)  # fmt: skip
+                           batch_tokens=run.recipe.batch_tokens, tokens=run.store.tokens)  # fmt: skip
     nll = {task: round(float(values.mean()), 6) for task, values in found.items()}
     log.info("subset %d: NLL %.4f", number, np.mean(list(nll.values())))
     return {"rows": len(rows), "ids": config.fingerprint(sorted(chosen["id"])), "nll": nll,

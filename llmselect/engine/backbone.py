@@ -18,6 +18,7 @@ from llmselect import atomic
 from llmselect.chat import ChatEncoder
 from llmselect.engine.memory import is_out_of_memory
 from llmselect.errors import LlmselectError, UsageError, of_the_disk
+from llmselect.token_cache import TokenCache
 
 log = logging.getLogger("llmselect")
 
@@ -34,6 +35,7 @@ class Backbone:
         adapter: optional PEFT adapter, merged into the weights.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         max_length: tokens per row; None takes the model's own limit, at most 2048.
+        tokens: a folder where the rows' tokens are kept (`FeatureStore.tokens`).
     """
 
     path: str
@@ -50,7 +52,7 @@ class Backbone:
     head_checked: bool = False  # see `engine.head.check_head`
 
     def __init__(self, model: str, adapter: str | None = None, dtype: str = "auto", max_length: int | None = None,
-                 device: str | None = None):  # fmt: skip
+                 device: str | None = None, tokens: Path | None = None):  # fmt: skip
         self.path, self.adapter = model, adapter
         self.device = torch.device(device or default_device())
         auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -66,6 +68,8 @@ class Backbone:
         if max_length is not None and max_length > limit:
             raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
         self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
+        if tokens is not None:  # each encoder's apart: another length cuts otherwise
+            self.encoder.cache = TokenCache(tokens / self.encoder.fingerprint[:32])
         self.hidden_size, self.depth = self.text_config.hidden_size, self.text_config.num_hidden_layers
         self.pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 

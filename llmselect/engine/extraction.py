@@ -42,7 +42,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
         extractors: feature name → extractor.
         target: rows with `group`; needed by extractors that fit (TRIM).
         batch_tokens: padded tokens per batch.
-        shard_rows: rows per shard, the most a killed process loses.
+        shard_rows: rows per shard. A killed process loses the one at work, and the one being written.
     """
     from accelerate import PartialState
 
@@ -53,7 +53,7 @@ def extract(pool: Dataset, store: FeatureStore, extractors: Mapping[str, Extract
         if not extractor.model:
             raise UsageError(f"feature '{name}' ({extractor.name}) needs a model: give model=, a folder or a Hub id")
     for key, members in _by_pass(extractors).items():
-        backbone = Backbone(*key[:4])
+        backbone = Backbone(*key[:4], tokens=store.tokens)
         run = Pass(backbone, members, {}, {}, groups_of(target), batch_tokens or default_batch_tokens())
         for data, suffix in ((target, "@target"), (pool, "")):
             if data is not None:

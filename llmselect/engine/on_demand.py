@@ -45,7 +45,7 @@ def lazy(pool: Dataset, store: FeatureStore, name: str, extractor: Extractor, *,
         missing = "target=" if extractor.model else "a model: give model="
         raise UsageError(f"feature '{name}' ({extractor.name}) needs {missing}")
     feature = name.partition(".")[0]
-    backbone = Backbone(extractor.model, extractor.adapter, extractor.dtype, extractor.max_length)
+    backbone = Backbone(extractor.model, extractor.adapter, extractor.dtype, extractor.max_length, tokens=store.tokens)
     run = Pass(backbone, {feature: extractor}, {}, {}, groups_of(target), batch_tokens or default_batch_tokens())
     spec = {**spec_of(run, extractor, pool, target, part), "batch_tokens": run.batch_tokens}
     if extractor.sample_rows:

@@ -5,7 +5,8 @@ from __future__ import annotations
 # datasets and pyarrow have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from llmselect.arrays import Csr, not_finite
+from llmselect.engine.ahead import ahead, behind
 from llmselect.engine.batch import Batch, collate, plan
 from llmselect.engine.memory import BackOff
 from llmselect.engine.progress import Progress
@@ -79,23 +81,27 @@ class Pass:
         reading = next((e for e in self.extractors.values() if view in e.views()), None)
         return self.backbone.encoder.encode(messages) if reading is None else reading.encode(self.backbone, messages, view)
 
-    def compute(self, messages: list[list[Message]], ids: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Arrays of every feature in `names` for these rows: feature → array → `[rows, …]`."""
+    def encoded(self, messages: list[list[Message]], names: Sequence[str]) -> dict[str, list[Encoded]]:
+        """The rows' token sequences in every view that a feature in `names` reads: "row" before "response"."""
+        views = sorted({view for name in names for view in self.extractors[name].views()}, reverse=True)
+        return {view: self.encode(messages, view) for view in views}
+
+    def compute(self, messages: list[list[Message]], ids: Sequence[str], names: Sequence[str],
+                encoded: Mapping[str, list[Encoded]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Arrays of every feature in `names` for these rows, `encoded` already or now: feature → array → `[rows, …]`."""
         read = [name for name in names if self.extractors[name].views()]
         out = {name: self._empty(name, len(messages)) if name in read else self.extractors[name].texts(messages)
                for name in names}  # fmt: skip
-        views = sorted({view for name in names for view in self.extractors[name].views()})
-        for view in reversed(views):  # "row" before "response"
-            encoded = self.encode(messages, view)
+        for view, sequences in (self.encoded(messages, names) if encoded is None else encoded).items():
             active = [name for name in names if view in self.extractors[name].views()]
 
-            def step(rows: np.ndarray, encoded: list[Encoded] = encoded, view: str = view,
+            def step(rows: np.ndarray, encoded: list[Encoded] = sequences, view: str = view,
                      active: list[str] = active) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
                 batch = collate(self.backbone, [encoded[int(i)] for i in rows], self.layers(view), view, self.padding_side)
                 return self._rows(replace(batch, side=self.side, names=[ids[int(i)] for i in rows]), active)
 
-            filled = np.array([i for i, row in enumerate(encoded) if len(row.ids)], np.int64)
-            for batch in plan([len(encoded[int(i)].ids) for i in filled], self.batch_tokens):
+            filled = np.array([i for i, row in enumerate(sequences) if len(row.ids)], np.int64)
+            for batch in plan([len(sequences[int(i)].ids) for i in filled], self.batch_tokens):
                 for rows, found in self.back_off.run(filled[batch], step, ids):
                     for name, arrays in found.items():
                         for key, values in arrays.items():
@@ -103,6 +109,18 @@ class Pass:
         for name in names:
             self.extractors[name].derive(out[name])
         return {name: {k: v.csr() if isinstance(v, SparseRows) else v for k, v in one.items()} for name, one in out.items()}
+
+    def parts(self, data: Dataset, wanted: Iterable[tuple[range, Sequence[str]]]) -> Generator[tuple[list[str], dict[str, Any]]]:
+        """`(ids, arrays)` of some rows after others, each with the names of their features; the next rows are read and tokenised
+        in a thread while a part is computed."""
+
+        def read(one: tuple[range, Sequence[str]]) -> tuple[dict[str, list[Any]], dict[str, list[Encoded]]]:
+            part: dict[str, list[Any]] = data[one[0].start : one[0].stop]
+            return part, self.encoded(part["messages"], one[1])
+
+        with closing(ahead(wanted, read)) as coming:
+            for (_, names), (part, encoded) in coming:
+                yield part["id"], self.compute(part["messages"], part["id"], names, encoded)
 
     def _rows(self, batch: Batch, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         # What is made in inference mode can take no part in a backward pass.
@@ -134,16 +152,17 @@ class Pass:
         mine = shards[rank::world]
         sizes = characters(data, some, mine)
         progress = Progress(label, sum(sizes), show=rank == 0)
-        for shard, size in zip(mine, sizes, strict=True):
-            rows = some.rows(shard)
-            part: dict[str, list[Any]] = data[rows.start : rows.stop]
-            names = [name for name in self.features if shard in missing[name]]
-            arrays = self.compute(part["messages"], part["id"], names)
-            for name in names:
-                report_non_finite(self.features[name].folder.name, arrays[name], part["id"])
-                self.features[name].write(shard, arrays[name])
-            progress.step(size, len(rows))
+        wanted = [(some.rows(shard), [name for name in self.features if shard in missing[name]]) for shard in mine]
+        with behind() as do, closing(self.parts(data, wanted)) as parts:
+            for shard, size, (ids, arrays) in zip(mine, sizes, parts, strict=True):
+                do(self._write, shard, ids, arrays)
+                progress.step(size, len(ids))
         progress.close()
+
+    def _write(self, shard: int, ids: Sequence[str], arrays: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, values in arrays.items():
+            report_non_finite(self.features[name].folder.name, values, ids)
+            self.features[name].write(shard, values)
 
 
 def characters(data: Dataset, feature: Feature, shards: Sequence[int]) -> list[int]:
