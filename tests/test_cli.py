@@ -16,6 +16,7 @@ import tiny
 from llmselect.cli import app
 from llmselect.errors import UsageError
 from llmselect.recipe import load_recipe
+from llmselect.store import FeatureStore
 
 
 def lines(path: Path, chats) -> str:
@@ -115,7 +116,7 @@ def test_a_budget_larger_than_the_pool_costs_no_feature(recipe, override, key):
     done = CliRunner().invoke(app, ["select", str(recipe), override])
     rows = len(np.load(recipe.parent / "run/pool/usable.npy"))
     assert str(done.exception) == f"{key}: a budget of {override.partition('=')[2]} rows is more than the {rows} rows of the pool"
-    assert not (recipe.parent / "run/features").exists()
+    assert not FeatureStore(recipe.parent / "run/features").names()
 
 
 def test_a_setting_typed_as_an_option_is_told_how_it_is_typed(recipe):
