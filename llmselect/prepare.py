@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmselect.stages import Run
 
 log = logging.getLogger("llmselect")
-USABLE = "pool/usable.npy"
+USABLE, VERSIONS = "pool/usable.npy", "versions.json"
 FILES = "pool/files.json"  # times and digests of what was read, so that it need not be read to know that it is the same
 
 
@@ -65,6 +65,7 @@ def _prepare(run: Run) -> None:
                               "targets": {name: identity(one) for name, one in recipe.targets.items()},
                               "files": {name: digest for name, (*_, digest) in files.items()}})  # fmt: skip
     if done.exists() and account.read(folder)["key"] == key:
+        account.intact(folder, VERSIONS)
         atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))  # methods may have joined
         return
     if done.exists() and run.store.names():
@@ -73,7 +74,7 @@ def _prepare(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)  # or a kill in between would leave it to vouch for the rows of another recipe
     atomic.write_text(folder / "config.yaml", dump_yaml(config.to_dict(recipe)))
-    atomic.write_json(folder / "versions.json", _versions())
+    atomic.write_json(folder / VERSIONS, _versions())
     with run.timed("prepare"):
         found = _read_rows(run)
         found |= _usable(run)
@@ -81,7 +82,7 @@ def _prepare(run: Run) -> None:
             found["dataset"] = published
         sides = [*(f"targets/{name}" for name in recipe.targets), *(f"tests/{n}" for n, t in recipe.targets.items() if t.test)]
         arrows = [f"{side}/pool.arrow" for side in ("pool", *sides)]
-        account.write(folder, {"key": key, **found}, [*arrows, USABLE, "versions.json"])
+        account.write(folder, {"key": key, **found}, [*arrows, USABLE, VERSIONS])
 
 
 def _read_rows(run: Run) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from llmselect.lazy import Compute, LazyArray
 from llmselect.plain import is_mapping
 
 VALUE = "value"  # the array meant by a feature's bare name
-SHARD_ROWS = 1024
+SHARD_ROWS, FIT = 1024, "fit.safetensors"
 REPAIR = "type: llmselect extract … --repair"
 CSR_PARTS = ("indptr", "indices", "data")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,99}(@target)?")
@@ -238,12 +238,8 @@ class FeatureStore:
 
     def fit_file(self, name: str) -> Path:
         """The file of what an extractor learned, intact. Errors: `LlmselectError` when it is not."""
-        file = self.path / f"{check_name(name)}@target" / "fit.safetensors"
-        note = file.with_suffix(".json")  # absent: written before there was one
-        again = f"delete {file.parent} and {self.path / name} and run again"
-        if note.exists() and atomic.sha256_file(file) != atomic.read_sealed(note, again)["sha256"]:
-            raise LlmselectError(f"{file} is damaged (its checksum differs); {again}")
-        return file
+        folder = self.path / f"{check_name(name)}@target"
+        return intact_fit(folder, f"delete {folder} and {self.path / name} and run again")
 
     def remove(self, name: str) -> None:
         """Delete a feature."""
@@ -266,6 +262,22 @@ class FeatureStore:
             raise UsageError(f"feature '{feature}' has no array '{array or VALUE}'.{nearest(name, choices)} There are: {choices}")
         sparse = opened.spec["arrays"][array or VALUE][0].startswith("csr:")
         return (SparseArray if sparse else StoredArray)(opened, array or VALUE)
+
+
+def write_fit(folder: Path, data: bytes) -> None:
+    """Keep what an extractor learned in the folder of a feature."""
+    file = folder / FIT
+    file.with_suffix(".json").unlink(missing_ok=True)  # of a file that was lost
+    atomic.write_bytes(file, data)
+    atomic.write_sealed(file.with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def intact_fit(folder: Path, again: str) -> Path:
+    """The file that `write_fit` wrote. Errors: `LlmselectError` saying `again`, what to type, when its bytes are others."""
+    file, note = folder / FIT, (folder / FIT).with_suffix(".json")  # no note: written before there was one
+    if note.exists() and (not file.exists() or atomic.sha256_file(file) != atomic.read_sealed(note, again)["sha256"]):
+        raise LlmselectError(f"{file} is damaged (its checksum differs); {again}")
+    return file
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:

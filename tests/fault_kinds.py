@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from faults import APART, FILES, STAGES, WRITES, Yard, at_call, at_stage, contents, finished
+from faults import APART, FILES, STAGES, TOKENS, WRITES, Yard, at_call, at_stage, contents, finished
 
 
 def kill(yard: Yard, seed: int) -> dict[str, Any]:
@@ -134,12 +134,16 @@ def change(yard: Yard, seed: int) -> dict[str, Any]:
         data[at] ^= 1 << draw.randrange(8)
     (yard.run / name).write_bytes(data if how == "flip" else data[: at if how == "cut" else 0])
     found = {"kind": "change", "seed": seed, "file": name, "how": how, "at": at, "wrong": ""}
-    found["apart"] = name if name in APART else ""
-    if name.startswith("features/"):  # select again, or nobody would read them
+    kept = name.startswith(TOKENS)
+    found["apart"] = name if name in APART or kept else ""
+    if kept:  # train and measure again, or nobody would read them
+        for folder in ("adapters", "evaluation"):
+            shutil.rmtree(yard.run / folder)
+    elif name.startswith("features/"):  # select again
         for folder in (yard.run / "selections").iterdir():
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     code, said = yard.go()
-    if code == 0 and name.startswith("features/") and contents(yard.run).get(name) != yard.expected[name]:
+    if code == 0 and not kept and name.startswith("features/") and contents(yard.run).get(name) != yard.expected[name]:
         remedy(yard, "--repair")  # no method reads it: damage is found on request
     for _ in range(3):  # ids and shards of one feature are dropped by one repair, other files one by one
         if code == 0:

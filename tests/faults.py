@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ STAGES = {
 WRITES = {"mkstemp", "write", "fsync", "mkdir", "replace", "open", "save", "link", "mkdtemp"}
 FILES = WRITES | {"unlink", "rmdir", "close", "read", "stat", "scandir", "truncate"}
 APART = {"quarantine.jsonl"}  # read by no stage: a changed byte harms nothing else
+TOKENS = "features/.tokens/"  # made again when they are asked for
 
 
 def recipe(folder: Path) -> Path:
@@ -153,7 +155,13 @@ def at_call(stage: str, number: int, of: set[str] | None, act: Callable[[], None
             if left[0] == 0:
                 act()
 
-    at_stage(stage, lambda: sys.setprofile(seen), lambda: sys.setprofile(None))
+    at_stage(stage, lambda: profile(seen), lambda: profile(None))
+
+
+def profile(seen: Any) -> None:
+    """Tell `seen` of the calls of this thread, and of those that begin from now on: of reading and writing beside the model."""
+    threading.setprofile(seen)
+    sys.setprofile(seen)
 
 
 class Yard:
@@ -181,9 +189,9 @@ class Yard:
             def enter(stage: str = stage, seen: Any = seen) -> None:
                 if self.run.exists():
                     shutil.copytree(self.run, self.folder / "before" / stage)
-                sys.setprofile(seen)
+                profile(seen)
 
-            at_stage(stage, enter, lambda: sys.setprofile(None))
+            at_stage(stage, enter, lambda: profile(None))
         with suppress(SystemExit):
             command("run", str(self.folder / "recipe.yaml"))
         (self.folder / "counts.json").write_text(json.dumps(counts))

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmselect import atomic
 from llmselect.arrays import digest_ids
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.passes import Pass, default_batch_tokens, fit
 from llmselect.engine.selfcheck import warn_of_dependence
 from llmselect.errors import LlmselectError, UsageError
-from llmselect.store import SHARD_ROWS, FeatureStore
+from llmselect.store import FIT, SHARD_ROWS, FeatureStore, write_fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,15 +141,12 @@ def _fit(run: Pass, store: FeatureStore, target: Dataset | None, process: Any, p
     from safetensors.torch import load_file, save
 
     fitting = [name for name, e in run.extractors.items() if e.fits]
-    files = {name: store.path / f"{name}@target" / "fit.safetensors" for name in fitting}
-    if process.is_main_process and not all(file.exists() for file in files.values()):
+    folders = {name: store.path / f"{name}@target" for name in fitting}
+    if process.is_main_process and not all((folder / FIT).exists() for folder in folders.values()):
         assert target is not None
         fit(run, target, pool)
-        for name, file in files.items():
-            data = save({k: v.cpu().contiguous() for k, v in run.states[name].items()})
-            file.with_suffix(".json").unlink(missing_ok=True)  # of a file that was lost
-            atomic.write_bytes(file, data)
-            atomic.write_sealed(file.with_suffix(".json"), {"sha256": hashlib.sha256(data).hexdigest()})
+        for name, folder in folders.items():
+            write_fit(folder, save({k: v.cpu().contiguous() for k, v in run.states[name].items()}))
     process.wait_for_everyone()
     device = run.backbone.device
-    run.states = {name: {k: v.to(device) for k, v in load_file(store.fit_file(name)).items()} for name in files}
+    run.states = {name: {k: v.to(device) for k, v in load_file(store.fit_file(name)).items()} for name in fitting}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmselect import atomic
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.extraction import content_digest, groups_of, spec_of
 from llmselect.engine.passes import Pass, default_batch_tokens, fit
 from llmselect.errors import UsageError
 from llmselect.lazy import PART, LazyArray
+from llmselect.store import FIT, intact_fit, write_fit
 
 log = logging.getLogger("llmselect")
 
@@ -73,8 +73,9 @@ def _fit(run: Pass, feature: str, folder: Any, target: Any, pool: Dataset) -> No
     """What the extractor learns, from the file if it has been learned."""
     from safetensors.torch import load_file, save
 
-    file = folder / "fit.safetensors"
+    file = folder / FIT
     if not file.exists():
         fit(run, target, pool)
-        atomic.write_bytes(file, save({k: v.cpu().contiguous() for k, v in run.states[feature].items()}))
+        write_fit(folder, save({k: v.cpu().contiguous() for k, v in run.states[feature].items()}))
+    intact_fit(folder, f"delete {file} and run again")
     run.states = {feature: {k: v.to(run.backbone.device) for k, v in load_file(file).items()}}
