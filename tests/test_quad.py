@@ -175,6 +175,20 @@ def test_lazy_rows_are_computed_once_and_are_the_features(folder, tmp_path):
         lazy(pool, store, "some.nl", one, part=4)
 
 
+@pytest.mark.parametrize("name", ["fit.safetensors", "fit.json"])
+def test_what_a_lazy_feature_learned_is_checked_and_learned_again(folder, tmp_path, name):
+    pool, target, store = rows.pool(12), rows.target(), FeatureStore(tmp_path)
+    some = lazy(pool, store, "t", E.Trim(model=folder), target=target, part=4)
+    expected, file = some[np.arange(3)], tmp_path / "lazy/t" / name
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+    with pytest.raises(LlmselectError, match=r"fit\.\w+ is damaged.*; delete .*fit\.safetensors and run again"):
+        lazy(pool, store, "t", E.Trim(model=folder), target=target, part=4)
+    (tmp_path / "lazy/t/fit.safetensors").unlink()
+    again = lazy(pool, store, "t", E.Trim(model=folder), target=target, part=4)
+    assert file.read_bytes() == sound and (again[np.arange(3)] == expected).all()
+
+
 def test_a_killed_request_is_finished_with_the_same_parts(folder, tmp_path):
     pool, one = rows.pool(40), E.Loss(model=folder)
     requests = [np.arange(0, 40, 3), np.arange(0, 40, 2), np.arange(40)]

@@ -100,7 +100,7 @@ def test_rows_of_another_recipe_are_never_vouched_for(run, monkeypatch):
     assert list(again.pool["id"]) == first and len(first) == 24
 
 
-@pytest.mark.parametrize("name", ["pool/pool.arrow", "pool/usable.npy", "targets/t/pool.arrow", "rows.json"])
+@pytest.mark.parametrize("name", ["pool/pool.arrow", "pool/usable.npy", "targets/t/pool.arrow", "versions.json", "rows.json"])
 def test_changed_rows_are_named_and_read_anew(run, name):
     prepare(run)
     file = run.folder / name
