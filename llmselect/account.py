@@ -11,6 +11,7 @@ from llmselect import atomic
 from llmselect.errors import LlmselectError
 
 NAME = "rows.json"
+STAGES, SELECTIONS = "timings.json", "selections/seconds.json"  # seconds of the stages, and of each selection
 
 
 def write(folder: Path, account: Mapping[str, Any], files: list[str]) -> None:
@@ -34,6 +35,18 @@ def intact(folder: Path, name: str) -> Path:
     if not file.exists() or (known and _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns) != known):
         raise LlmselectError(f"{file} is missing or damaged; {_again(folder)}")
     return file
+
+
+def seconds(folder: Path, of: str) -> dict[str, float]:
+    """What `STAGES` or `SELECTIONS` of the run in `folder` tells; nothing where there is none. Errors: `LlmselectError` when it
+    is damaged."""
+    file = folder / of
+    return atomic.read_sealed(file, f"delete {file} and run again") if file.exists() else {}
+
+
+def took(folder: Path, of: str, name: str, value: float) -> None:
+    """Note the seconds of one."""
+    atomic.write_sealed(folder / of, {**seconds(folder, of), name: round(value, 3)})
 
 
 def _again(folder: Path) -> str:

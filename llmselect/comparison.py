@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, atomic, config
 from llmselect.evaluate import bootstrap, evaluate
 from llmselect.selection import Selection
 from llmselect.stages import TOKENS, Run
@@ -187,9 +187,7 @@ def _cost(run: Run, method: str) -> tuple[int, int, float | None, float | None]:
             (len(selection), int(cost[selection.indices].sum())) if selection else (len(cost), int(np.asarray(cost).sum()))
         )
         seconds.append(trained(run, method, seed)["result"]["seconds"])
-    known = run.folder / "selections" / "seconds.json"
-    took = atomic.read_json(known, f"delete {known} and run again") if known.exists() else {}
-    selecting = [v for k, v in took.items() if k.split("/")[0] == method]
+    selecting = [v for k, v in account.seconds(run.folder, account.SELECTIONS).items() if k.split("/")[0] == method]
     mean = [float(np.mean(v)) if len(v) else None for v in (selecting, seconds)]
     rows, tokens = (round(float(v)) for v in np.mean(found, axis=0))
     return rows, tokens, mean[0], mean[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # datasets has no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmselect import account
 from llmselect.engine.progress import duration
 from llmselect.prepare import check_budgets, prepare
 from llmselect.recipe import Recipe
@@ -92,8 +92,7 @@ def _passes(run: Run) -> tuple[float, float, float]:
     )  # fmt: skip
     start = time.monotonic()
     extract_stage(run)
-    timings = run.folder / "timings.json"
-    told = json.loads(timings.read_text())
+    told = account.seconds(run.folder, account.STAGES)
     seconds = time.monotonic() - start - told.get("warmup", 0.0) - told.get("color", 0.0)
     size = sum(f.stat().st_size for f in Path(run.store.path).glob("[!.]*/*.safetensors") if "@target" not in str(f))
     tokens = float(np.asarray(run.store[f"{TOKENS}.supervised"]).mean())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, config
 from llmselect.errors import LlmselectError, UsageError
 from llmselect.prepare import semantic_duplicates
 from llmselect.recipe import Recipe
@@ -71,9 +71,7 @@ def _same_threads(run: Run) -> None:
 def _save(run: Run, made: Selection, out: Path, key: dict[str, Any], method: str, seconds: float) -> None:
     about = {**made.provenance, "key": key, "method": method}
     Selection(made.indices, made.n, None, None, made.evidence, made.nested, about, made.ids).save(out)
-    timings = run.folder / "selections" / "seconds.json"
-    known = atomic.read_json(timings, f"delete {timings} and run again") if timings.exists() else {}
-    atomic.write_json(timings, {**known, f"{method}/{out.name}": round(seconds, 3)})
+    account.took(run.folder, account.SELECTIONS, f"{method}/{out.name}", seconds)
 
 
 def _lost(run: Run, x: Any, quality: Any) -> np.ndarray:

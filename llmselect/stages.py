@@ -4,7 +4,7 @@ A run folder explains and repeats itself::
 
     config.yaml  versions.json  rows.json (the account of every row)  quarantine.jsonl
     pool/  targets/  tests/     the rows used, as Arrow files
-    features/                   the FeatureStore
+    features/                   the FeatureStore; features/.tokens, the rows' tokens, made once
     clusters/                   those that methods take as groups
     selections/<method>/seed-<s>/
     adapters/<method>/seed-<s>/
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmselect import account, atomic, config
+from llmselect import account, config
 from llmselect.array_views import Columns
 from llmselect.clustering import clusters_for
 from llmselect.color import color_stage
@@ -132,10 +132,8 @@ class Run:
         start = time.monotonic()
         yield
         if self.process.is_main_process:
-            file = self.folder / "timings.json"
-            known = atomic.read_json(file, f"delete {file} and run again") if file.exists() else {}
-            known[name] = round(known.get(name, 0.0) + time.monotonic() - start, 3)
-            atomic.write_json(file, known)
+            before = account.seconds(self.folder, account.STAGES).get(name, 0.0)
+            account.took(self.folder, account.STAGES, name, before + time.monotonic() - start)
 
     def main_first(self, work: Any) -> None:
         """Do `work` on the main process while the others wait, so that files are written once."""
@@ -259,13 +257,11 @@ def _select(run: Run, method: str, seed: int) -> None:
     several = len(features_in(reads.get("x", "")))
     evidence = tasks.evidence(made.evidence, selector.name, several) if tasks else made.evidence
     evidence = {**evidence, **_more_evidence(run, reads, made)}
-    seconds, provenance = round(time.monotonic() - start, 3), {**made.provenance, "key": key, "method": method}
+    seconds, provenance = time.monotonic() - start, {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
-    timings = run.folder / "selections" / "seconds.json"
-    known = atomic.read_json(timings, f"delete {timings} and run again") if timings.exists() else {}
-    atomic.write_json(timings, {**known, f"{method}/seed-{seed}": seconds})
+    account.took(run.folder, account.SELECTIONS, f"{method}/seed-{seed}", seconds)
 
 
 def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str, Any], tasks: Tasks | None) -> dict[str, Any]:

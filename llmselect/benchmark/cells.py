@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmselect import atomic, config
+from llmselect import account, atomic, config
 from llmselect.benchmark import costs
 from llmselect.benchmark.claims import claim
 from llmselect.benchmark.grid import BASE, FULL, SECTIONS, Cell, Plan, needs
@@ -137,7 +137,7 @@ def extract_features(plan: Plan, model: str, features: Sequence[str]) -> Run:
     prepare(run)
     known: dict[str, dict[str, float]] = _noted(file) if file.exists() else {"seconds": {}, "forwards": {}}
     extract_stage(Run(replace(run.recipe, features={})))
-    timings = _noted(run.folder / "timings.json")
+    timings = account.seconds(run.folder, account.STAGES)
     for section, count in costs.TRAININGS.items():
         if section in timings and getattr(run.recipe, section) and f"{section}:" not in known["seconds"]:
             known["seconds"][f"{section}:"], known["forwards"][f"{section}:"] = timings[section], round(count(run), 4)
@@ -224,10 +224,8 @@ def _select(run: Run, arm: str, seed: int) -> float:
     done, start = (kept / "selection.json").exists(), time.monotonic()
     select_stage(run)
     took = time.monotonic() - start
-    timings = run.folder / "selections" / "seconds.json"
     # Processes that share a run write this file in turn, and an entry may be lost: the clock here is nearly the same.
-    known = _noted(timings) if timings.exists() else {}
-    return known.get(f"{arm}/seed-{seed}", 0.0 if done else took)
+    return account.seconds(run.folder, account.SELECTIONS).get(f"{arm}/seed-{seed}", 0.0 if done else took)
 
 
 def _cost(plan: Plan, cell: Cell, run: Run) -> tuple[float, float]:
