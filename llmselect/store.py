@@ -126,13 +126,18 @@ class Feature:
     def repair(self) -> list[int]:
         """Drop damaged shards, so that the next extraction computes them again; returns their numbers.
 
-        Damaged ids are dropped as well: the next extraction writes them again from the rows.
+        Damaged ids are dropped as well, and what the extractor learned: the next extraction makes them again.
         """
         damaged: list[int] = []
         try:
             self.ids  # noqa: B018
         except LlmselectError:
             self._ids_file.unlink(missing_ok=True)
+        try:
+            intact_fit(self.folder, REPAIR)
+        except LlmselectError:
+            (self.folder / FIT).unlink(missing_ok=True)
+            (self.folder / FIT).with_suffix(".json").unlink(missing_ok=True)
         for shard in sorted(set(range(self.shards)) - set(self.missing())):
             try:
                 self.verify(shard)

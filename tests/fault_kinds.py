@@ -112,7 +112,7 @@ def quota(yard: Yard, seed: int) -> dict[str, Any]:
     found = {"kind": "quota", "seed": seed, "stage": stage, "bytes": most}
     found["hit"] = code != 0 or "no report:" in said
     mended = code == 0 and contents(yard.run) == yard.expected
-    return yard.judge({**found, "wrong": "" if mended else told_clearly(code, said, stage == "report")}, finished(yard.run))
+    return yard.judge({**found, "wrong": "" if mended else told_clearly(code, said, True)}, finished(yard.run))
 
 
 def said_through(file: Path, done: Path) -> None:

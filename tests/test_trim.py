@@ -11,9 +11,11 @@ import tiny
 from llmselect.engine.attention import attention_statistics
 from llmselect.engine.backbone import Backbone
 from llmselect.engine.batch import collate
+from llmselect.engine.extraction import extract
 from llmselect.engine.passes import Pass, fit
-from llmselect.errors import UsageError
+from llmselect.errors import LlmselectError, UsageError
 from llmselect.extractors import Trim
+from llmselect.store import FeatureStore
 
 
 @pytest.fixture(scope="module", params=[None, 9], ids=["causal", "sliding"])
@@ -188,3 +190,18 @@ def test_uniform_saliency_is_another_score(backbone):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UsageError):
         Trim(model="m", **wrong)
+
+
+@pytest.mark.parametrize("name", ["fit.safetensors", "fit.json"])
+def test_what_was_learned_is_found_damaged_dropped_by_a_repair_and_learned_again(tmp_path, tiny_model, name):
+    store, file = FeatureStore(tmp_path), tmp_path / "trim@target" / name
+    made = {"trim": Trim(model=str(tiny_model))}
+    extract(rows.pool(6), store, made, target=rows.target())
+    sound, shard = file.read_bytes(), (tmp_path / "trim/00000.safetensors").stat().st_mtime_ns
+    file.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+    with pytest.raises(LlmselectError, match="is damaged"):
+        store.fitted("trim")
+    assert store.open("trim@target").repair() == [] and not file.exists()
+    extract(rows.pool(6), store, made, target=rows.target())
+    assert file.read_bytes() == sound and store.fitted("trim")
+    assert (tmp_path / "trim/00000.safetensors").stat().st_mtime_ns == shard

@@ -103,7 +103,8 @@ def _pass(run: Pass, data: Dataset, target: Dataset | None, store: FeatureStore,
         # the run that began, whatever the number of processes.
         torch.set_num_threads(min(feature.spec["threads"] for feature in run.features.values()))
     incomplete = [name for name in specs if run.features[name].missing()]
-    if any(run.extractors[name].fits and name not in run.states for name in incomplete):
+    fitting = [name for name, e in run.extractors.items() if e.fits and name not in run.states]
+    if any(name in incomplete or not (store.path / f"{name}@target" / FIT).exists() for name in fitting):
         _fit(run, store, target, process, pool)
     if suffix and incomplete and process.is_main_process and run.backbone.dtype != torch.float32:
         warn_of_dependence(run, data)
