@@ -123,9 +123,9 @@ A recipe of every stage on a tiny model (60 rows, shards of 8, one lazy feature,
 fault strikes at a call drawn from its seed, and the same command runs again. "Files differing" and "rows lost" are then counted
 against a run that nobody disturbed, over all files of the run; "finished work made again" are shards, selections, adapters,
 SAEs and measurements that were complete before the fault and were written once more after it. After a changed file the command
-must name it, and what the message says to type is typed; only a changed file that no stage reads (`quarantine.jsonl`), kept tokens,
-which are made anew when they are asked for, and seconds, which nobody can tell again, may stay as they are. "Struck" are faults that the run met: an error where a library
-expects one, or a disk that was large enough, stops nothing.
+must name it, and what the message says to type is typed; only a changed file that no stage reads (`quarantine.jsonl`), kept
+tokens, which are made anew when they are asked for, and seconds, which nobody can tell again, may stay as they are. "Struck"
+are faults that the run met: an error where a library expects one, or a disk that was large enough, stops nothing.
 
 {chr(10).join(faults_table(found))}
 
