@@ -72,7 +72,7 @@ class Rows:
         for start in range(0, len(self), size):
             rows, square = room[: min(size, len(self) - start)], np.zeros(1)
             if self.normalize and not self.folded:
-                _narrow(self.x[start : start + len(rows)], rows)
+                _narrow(np.asarray(self.x[start : start + len(rows)]), rows)
                 square = np.einsum("ij,ij->i", rows, rows)[:, None]
             if ((square > 1e-20) & (square < 1e30)).all():
                 rows /= np.sqrt(square)
@@ -90,7 +90,7 @@ class Rows:
         return out
 
 
-def _narrow(part: Any, out: np.ndarray) -> None:
+def _narrow(part: np.ndarray, out: np.ndarray) -> None:
     """`part` in float32. From half precision NumPy takes ten times as long as torch, whose import takes seconds."""
     if out.size < 1 << 20 or part.dtype != np.float16:
         out[:] = part
