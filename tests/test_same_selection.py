@@ -145,31 +145,6 @@ def test_the_blocks_are_those_asked_for():
     assert [start for start, _ in Rows(x).blocks()] == [0] and cosine.BLOCK == 8192
 
 
-def test_neighbours_from_a_file_are_those_from_memory(monkeypatch, tmp_path):
-    from llmselect.kernels import neighbours as kernel
-    from llmselect.kernels.rows import Rows
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    x = Rows(np.random.default_rng(0).standard_normal((1500, 24)).astype(np.float16))
-    held = kernel.neighbours(x, 10, 100)
-    monkeypatch.setattr(kernel, "HELD", 1)
-    made: list[str] = []
-    monkeypatch.setattr(kernel.faiss(), "OnDiskInvertedLists", recorded(kernel.faiss().OnDiskInvertedLists, made))
-    filed = kernel.neighbours(x, 10, 100)
-    assert np.array_equal(held[0], filed[0]) and np.array_equal(held[1], filed[1])
-    assert len(made) == 1 and made[0].startswith(str(tmp_path)) and not list(tmp_path.iterdir())
-
-
-def recorded(kind: Any, made: list[str]) -> Any:
-    """`kind`, with the last argument of every call added to `made`."""
-
-    def make(*given: Any) -> Any:
-        made.append(given[-1])
-        return kind(*given)
-
-    return make
-
-
 def test_centroids_from_fewer_rows_where_more_would_not_fit(monkeypatch):
     from llmselect.kernels import kmeans
     from llmselect.kernels.keyed import Keyed

@@ -1,4 +1,4 @@
-"""`topk` with `order: middle` against ranks counted one by one."""
+"""`topk` with `order: middle` against ranks counted one by one, and the best rows of many columns against a whole sort."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmselect.errors import UsageError
+from llmselect.kernels.topk import best_per_column
 from llmselect.selectors.topk import TopK
 
 
@@ -54,3 +55,25 @@ def test_weights_of_columns():
             TopK(**options)
     with pytest.raises(UsageError, match="2 are given, x has 3 columns"):
         TopK(reduce="mean", weights=(1.0, 2.0)).select(3, x=x)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 80),
+    count=st.integers(1, 30),
+    size=st.integers(1, 25),
+    shape=st.sampled_from(["drawn", "rising", "falling", "equal"]),
+)
+def test_best_per_column_is_a_sort_of_the_whole_column(seed, n, count, size, shape):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-3, 4, (n, 3)).astype(np.float32)
+    if shape != "drawn":
+        values = {"rising": np.sort(values, 0), "falling": -np.sort(-values, 0), "equal": np.zeros_like(values)}[shape]
+    keys = rng.permutation(n).astype(np.uint64)
+    blocks = ((start, values[start : start + size]) for start in range(0, n, size))
+    best, largest = best_per_column(blocks, n, 3, count, keys)
+    for j, (rows, kept) in enumerate(best):
+        expected = np.lexsort((keys, -values[:, j]))[:count]
+        assert rows.tolist() == expected.tolist() and np.array_equal(kept, values[expected, j])
+    assert np.array_equal(largest, values.max(1))

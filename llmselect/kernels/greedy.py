@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from llmselect.kernels.keyed import Keyed
 
 Optimizer = Literal["lazy", "stochastic", "naive"]
 BATCH = 1024
+REFRESH = 32  # bounds of all rows are asked for again after gains of one in so many
+Entry = tuple[float, int, int]  # minus the bound, key, row
 
 
 class Objective(Protocol):
@@ -31,6 +33,15 @@ class Objective(Protocol):
 
     def add(self, row: int) -> None:
         """S becomes S ∪ {row}."""
+        ...
+
+
+@runtime_checkable
+class Refreshing(Protocol):
+    """An objective that brings the bounds of all rows up to date in less time than their gains take."""
+
+    def refresh(self) -> np.ndarray:
+        """`[n]`: the gains for S as it is, or anything above them."""
         ...
 
 
@@ -60,29 +71,62 @@ def _rounded(gains: np.ndarray) -> np.ndarray:
     return np.asarray(gains, np.float64).astype(np.float32)
 
 
+class _Queue:
+    """Rows by bound, largest first, equal ones by key: sorted once; those that come back with another bound lie in a heap."""
+
+    def __init__(self, bound: np.ndarray, keys: np.ndarray, rows: np.ndarray):
+        self.rows = rows[np.lexsort((keys[rows], -bound[rows]))]
+        self.bound, self.keys, self.at = bound, keys, 0
+        self.back, self.next = list[Entry](), list[Entry]()
+        self._read()
+
+    def _read(self) -> None:
+        if not self.next:
+            part = self.rows[self.at : self.at + BATCH][::-1]
+            self.at += len(part)
+            self.next = list(zip((-self.bound[part]).tolist(), self.keys[part].tolist(), part.tolist(), strict=True))
+
+    def first(self) -> Entry | None:
+        if not self.next or (self.back and self.back[0] < self.next[-1]):
+            return self.back[0] if self.back else None
+        return self.next[-1]
+
+    def pop(self) -> Entry:
+        if not self.next or (self.back and self.back[0] < self.next[-1]):
+            return heapq.heappop(self.back)
+        entry = self.next.pop()
+        self._read()
+        return entry
+
+    def push(self, entry: Entry) -> None:
+        heapq.heappush(self.back, entry)
+
+
 def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
     bound = _rounded(objective.bounds())
-    heap = list(zip((-bound).tolist(), keys.tolist(), range(len(bound)), strict=True))
-    heapq.heapify(heap)
+    queue, left, looked = _Queue(bound, keys, np.arange(len(bound))), np.ones(len(bound), bool), 0
     fresh = np.full(len(bound), -1, np.int64)
     order, gains, evaluations = list[int](), list[float](), 0
     while len(order) < k:
         size = 16
-        while fresh[heap[0][2]] != len(order):
-            batch: list[tuple[float, int, int]] = []
-            while heap and len(batch) < size and fresh[heap[0][2]] != len(order):
-                batch.append(heapq.heappop(heap))
+        while (first := queue.first()) and fresh[first[2]] != len(order):
+            batch: list[Entry] = []
+            while len(batch) < size and (first := queue.first()) and fresh[first[2]] != len(order):
+                batch.append(queue.pop())
             rows = np.array([row for _, _, row in batch], np.int64)
-            fresh[rows] = len(order)
-            evaluations += len(rows)
+            fresh[rows], looked = len(order), looked + len(rows)
             for value, (_, key, row) in zip((-_rounded(objective.gains(rows))).tolist(), batch, strict=True):
-                heapq.heappush(heap, (value, key, row))
+                queue.push((value, key, row))
             size = min(BATCH, 2 * size)
-        value, _, row = heapq.heappop(heap)
+        value, _, row = queue.pop()
         objective.add(row)
         order.append(row)
         gains.append(-value)
-    return Greedy(np.array(order, np.int64), np.array(gains), evaluations)
+        left[row] = False
+        if looked * REFRESH > len(bound) and isinstance(objective, Refreshing):
+            queue = _Queue(_rounded(objective.refresh()), keys, np.flatnonzero(left))
+            evaluations, looked = evaluations + looked, 0
+    return Greedy(np.array(order, np.int64), np.array(gains), evaluations + looked)
 
 
 def _scanning(objective: Objective, k: int, rng: Keyed, epsilon: float | None) -> Greedy:

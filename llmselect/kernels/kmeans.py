@@ -56,7 +56,7 @@ def kmeans(x: Rows, k: int, rng: Keyed, *, iterations: int = 25, per_centroid: i
     sample = topk_stable(rng.uniform("kmeans"), min(len(x), k * per_centroid, most), rng.keys)
     if len(sample) < k * ENOUGH and k > 1 and len(x) >= ENOUGH:
         log.warning("k-means: %d rows for %d clusters, fewer than %d each: centroids will be rough", len(sample), k, ENOUGH)
-    centroids = _train(x.gather(sample, np.float32), k, iterations, x.normalize)
+    centroids = centroids_of(x.gather(sample, np.float32), k, iterations, x.normalize)
     label, distance = np.empty(len(x), np.int32), np.empty(len(x), np.float32)
     index = faiss().IndexFlatL2(centroids.shape[1])
     index.add(centroids)
@@ -68,7 +68,8 @@ def kmeans(x: Rows, k: int, rng: Keyed, *, iterations: int = 25, per_centroid: i
     return Clusters(label, distance, centroids)
 
 
-def _train(sample: np.ndarray, k: int, iterations: int, spherical: bool) -> np.ndarray:
+def centroids_of(sample: np.ndarray, k: int, iterations: int, spherical: bool) -> np.ndarray:
+    """`[k, d]` float32 of all rows of `sample [m, d]`, from one start; unit ones where `spherical`."""
     library = faiss()
     made = library.Kmeans(sample.shape[1], k, niter=iterations, seed=0, spherical=spherical, min_points_per_centroid=1,
                           max_points_per_centroid=max(1, len(sample)))  # fmt: skip

@@ -11,6 +11,8 @@ import numpy as np
 
 from llmselect.kernels.rows import Held, Rows
 
+ROUNDING = 4e-6  # of a product of a unit row in float32, with room
+
 
 class Coverage:
     """Facility location f(S) = Σ_i max_{j ∈ S} s_ij on a sparse graph; s_ii = 1, s_ij = max(0, cos) between neighbours of
@@ -86,16 +88,28 @@ class LogDet:
 
     The gain of x is log(1 + α q), q = xᵀ M x with M = (I + α X_Sᵀ X_S)⁻¹ `[d, d]`, kept by rank-one updates (Sherman-Morrison):
     M ← M - u uᵀ with u = M x √(α / (1 + α q)). So a q from an earlier S falls by ⟨x, u⟩² for every row taken since: O(d) each,
-    and O(d²) anew where more than d were. The u take 8·k·d bytes.
+    and O(d²) anew where more than d were. `refresh` does so for all rows, in float32. The u take 8·k·d bytes.
     """
 
     def __init__(self, x: Rows, scale: float):
         self.held, self.scale, self.inverse = Held(x), scale, np.eye(x.shape[1])
         self.taken, self.count, self.seen = np.zeros((16, x.shape[1])), 0, np.zeros(len(x), np.int64)
         self.form = np.concatenate([(rows**2).sum(1) for _, rows in x.blocks()])
+        self.above, self.refreshed = self.form.copy(), 0
 
     def bounds(self) -> np.ndarray:
         return np.log1p(self.scale * self.form)
+
+    def refresh(self) -> np.ndarray:
+        """From what the rows taken since the last time take away, in float32; what its rounding may add is left standing."""
+        recent = self.taken[self.refreshed : self.count]
+        length, self.refreshed, narrow = float((recent**2).sum()), self.count, recent.astype(np.float32)
+        for start, rows in self.held.x.rough_blocks():
+            here = slice(start, start + len(rows))
+            fall = ((rows @ narrow.T) ** 2).sum(1, dtype=np.float64)
+            # |Σ (⟨x, u⟩ + e)² - Σ ⟨x, u⟩²| ≤ 2 √(Σ ⟨x, u⟩² Σ e²), and e is below ROUNDING · |u|
+            self.above[here] -= fall - 2 * ROUNDING * np.sqrt(fall * length) - ROUNDING**2 * length
+        return np.log1p(self.scale * np.maximum(np.minimum(self.above, self.form), 0))
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         x, seen = self.held.gather(rows), self.seen[rows]
@@ -106,6 +120,8 @@ class LogDet:
         fall[np.arange(since, self.count) < seen[near, None]] = 0  # counted when the row was looked at before
         self.form[rows[near]] -= fall.sum(1)
         self.seen[rows] = self.count
+        if self.refreshed == self.count:
+            self.above[rows] = self.form[rows]
         return np.log1p(self.scale * np.maximum(self.form[rows], 0))
 
     def add(self, row: int) -> None:

@@ -66,6 +66,20 @@ class Rows:
         for start in range(0, len(self), size):
             yield start, self[start : start + size]
 
+    def rough_blocks(self, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+        """`blocks` in float32, about 1e-7 off, in a fraction of the time; the next block takes the place of one."""
+        room = np.empty((min(size, len(self)), self.shape[1]), np.float32)
+        for start in range(0, len(self), size):
+            rows, square = room[: min(size, len(self) - start)], np.zeros(1)
+            if self.normalize and not self.folded:
+                _narrow(np.asarray(self.x[start : start + len(rows)]), rows)
+                square = np.einsum("ij,ij->i", rows, rows)[:, None]
+            if ((square > 1e-20) & (square < 1e30)).all():
+                rows /= np.sqrt(square)
+            else:
+                rows[:] = self[start : start + size]
+            yield start, rows
+
     def gather(self, rows: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
         """Any rows in any order, read from the map in ascending order and a block at a time."""
         order = np.argsort(rows, kind="stable")
@@ -74,6 +88,16 @@ class Rows:
             part = order[start : start + BLOCK]
             out[part] = self[np.asarray(rows, np.int64)[part]]
         return out
+
+
+def _narrow(part: np.ndarray, out: np.ndarray) -> None:
+    """`part` in float32. From half precision NumPy takes ten times as long as torch, whose import takes seconds."""
+    if out.size < 1 << 20 or part.dtype != np.float16:
+        out[:] = part
+        return
+    import torch
+
+    torch.as_tensor(out).copy_(torch.as_tensor(np.require(part, requirements=["C", "W"])))
 
 
 class Held:

@@ -44,21 +44,44 @@ def best_per_column(
     Args:
         blocks: `(first row, finite fp32 values [b, columns])` over all `n` rows, read once; memory O(columns · count).
     """
-    held = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in range(columns)]
+    held = [_Held(count, keys) for _ in range(columns)]
     largest, worst = np.empty(n, np.float32), np.full(columns, -np.inf, np.float32)
     for start, block in blocks:
         largest[start : start + len(block)] = block.max(1)
         beats = block >= worst  # most blocks hold few rows that beat what is kept
         for j in np.flatnonzero(beats.any(0)):
-            rows, values = held[j]
             better = np.flatnonzero(beats[:, j])
-            rows = np.concatenate([rows, start + better])
-            values = np.concatenate([values, block[better, j]])
-            if len(values) > 2 * count:  # the sort is only of what may stay
-                limit = np.partition(values, len(values) - count)[len(values) - count]
-                rows, values = rows[values >= limit], values[values >= limit]
-            order = np.lexsort((keys[rows], -values))[:count]
-            held[j] = rows[order], values[order]
-            if len(order) == count:
-                worst[j] = held[j][1][-1]
-    return held, largest
+            worst[j] = held[j].add(start + better, block[better, j])
+    return [one.ranked() for one in held], largest
+
+
+class _Held:
+    """What may be among the best of one column: cut to `count` where it is more than twice that, and sorted only at the end."""
+
+    def __init__(self, count: int, keys: np.ndarray):
+        self.count, self.keys, self.size, self.worst = count, keys, 0, np.float32(-np.inf)
+        self.rows, self.values = list[np.ndarray](), list[np.ndarray]()
+
+    def add(self, rows: np.ndarray, values: np.ndarray) -> np.float32:
+        """The value below which no row can be among the best any more."""
+        self.rows.append(rows)
+        self.values.append(values)
+        self.size += len(rows)
+        if self.size > 2 * self.count:
+            self._cut()
+        return self.worst
+
+    def _cut(self) -> None:
+        rows, values = np.concatenate(self.rows), np.concatenate(self.values)
+        self.worst = np.partition(values, len(values) - self.count)[len(values) - self.count]
+        tied = np.flatnonzero(values == self.worst)
+        stays = values > self.worst
+        stays[tied[np.argsort(self.keys[rows[tied]], kind="stable")][: self.count - int(stays.sum())]] = True
+        self.rows, self.values, self.size = [rows[stays]], [values[stays]], self.count
+
+    def ranked(self) -> tuple[np.ndarray, np.ndarray]:
+        """The best, best first."""
+        rows = np.concatenate([np.zeros(0, np.int64), *self.rows])
+        values = np.concatenate([np.zeros(0, np.float32), *self.values])
+        order = np.lexsort((self.keys[rows], -values))[: self.count]
+        return rows[order], values[order]

@@ -6,9 +6,10 @@ Objective: on unit rows, `kcenter`: the row farthest from those taken; `facility
     over a graph of nearest neighbours; `graph_cut`: Σ_{i, j ∈ S} s_ij over the pool minus λ Σ_{i, j ∈ S} s_ij, s = (1 + cos)/2;
     `log_det`: log det(I + α X_S X_Sᵀ).
 Inputs: `x [n, d]`, an embedding; no target.
-Cost: lazy greedy: a heap, and gains for the few rows that may still win. kcenter O(d) per row and centre looked at;
+Cost: lazy greedy: bounds in order, and gains for the few rows that may still win. kcenter O(d) per row and centre looked at;
     facility_location a kNN graph (FAISS) and O(edges); graph_cut O(d) a gain; log_det O(dim) a
-    row and row taken since it was looked at, O(dim²) at most. These two hold 256 MB of the rows last asked for.
+    row and row taken since it was looked at, O(dim²) at most, and again for all rows in float32 whenever gains of one row in 32
+    have been asked for: O(n·k·dim) in all. These two hold 256 MB of the rows last asked for.
 Deviations: facility location counts neighbours only: rows that are not among the `neighbours` of one another add nothing.
     log_det folds features wider than `dim`.
 Defaults: lazy greedy, the same rows as naive greedy; `stochastic` looks at a random n/k · ln(1/ε) rows a step.

@@ -1,0 +1,47 @@
+"""Bounds of the log-determinant that are brought up to date for all rows at once, and the rows read in float32 for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmselect.kernels import objectives
+from llmselect.kernels.greedy import maximize
+from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.rows import Rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), d=st.integers(2, 40), dim=st.sampled_from([None, 12]), zeros=st.booleans())
+def test_bounds_brought_up_to_date_are_a_little_above_the_gains(seed, d, dim, zeros):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((50, d)).astype(np.float16)
+    x[:: 7 if zeros else 99] = 0
+    made, exact = (objectives.LogDet(Rows(x, dim=dim), 10) for _ in range(2))
+    for step, row in enumerate(rng.permutation(50)[:30].tolist()):
+        made.add(row)
+        exact.add(row)
+        if rng.random() < 0.3:
+            made.gains(np.flatnonzero(rng.random(50) < 0.2))
+        if step % 4 == 3:
+            gains, bounds = exact.gains(np.arange(50)), made.refresh()
+            assert (bounds >= gains - 1e-12).all() and (bounds <= gains + 1e-3).all()
+
+
+def test_rows_in_float32_are_the_rows():
+    for x in (np.random.default_rng(0).standard_normal((40, 5)) * 10.0 ** np.arange(-20, 20)[:, None], np.zeros((9, 2))):
+        for rows in (Rows(x), Rows(x.astype(np.float32)), Rows(x, normalize=False), Rows(x, dim=2)):
+            for start, part in rows.rough_blocks(7):
+                np.testing.assert_allclose(part, rows[start : start + 7], rtol=1e-5, atol=1e-6)
+    half = Rows(np.random.default_rng(0).standard_normal((1100, 1000)).astype(np.float16))
+    for start, part in half.rough_blocks():
+        np.testing.assert_allclose(part, half[start : start + len(part)], atol=1e-6)
+
+
+def test_lazy_looks_at_few_rows_where_bounds_are_refreshed():
+    x = np.random.default_rng(0).standard_normal((3000, 24))
+    by_key = Keyed(0, np.random.default_rng(1).permutation(3000).astype(np.uint64))
+    lazy, naive = (maximize(objectives.LogDet(Rows(x), 10), 100, by_key, how) for how in ("lazy", "naive"))
+    assert lazy.order.tolist() == naive.order.tolist() and lazy.gains.tolist() == naive.gains.tolist()
+    assert lazy.evaluations < naive.evaluations / 20
