@@ -214,7 +214,7 @@ class Recipe:
             several = features_in(feature)
             for one in several:
                 if one.partition(".")[0] not in self.features:
-                    raise UsageError(f"methods.{name}.{key}: no feature '{one}'.{nearest(one, self.features)} "
+                    raise UsageError(f"methods.{name}.{key}: no feature {reprlib.repr(one)}.{nearest(one, self.features)} "
                                      f"There are: {list(self.features)}")  # fmt: skip
                 if self.lazy(one) and (key not in selector.lazy or len(several) > 1):
                     raise UsageError(f"methods.{name}.{key}: '{selector.name}' reads all of {key}; "

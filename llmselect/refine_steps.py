@@ -5,6 +5,7 @@ from __future__ import annotations
 # datasets has no types.
 # pyright: reportMissingTypeStubs=false
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,7 @@ def _check_places(settings: Refine, recipe: Recipe) -> None:
         if feature is None:
             continue
         if feature.partition(".")[0] not in recipe.features:
-            raise UsageError(f"refine.{key}: no feature '{feature}'.{nearest(feature, recipe.features)} "
+            raise UsageError(f"refine.{key}: no feature {reprlib.repr(feature)}.{nearest(feature, recipe.features)} "
                              f"There are: {list(recipe.features)}")  # fmt: skip
         if recipe.lazy(feature):
             raise UsageError(f"refine.{key}: all of it is read; give features.{feature.partition('.')[0]} lazy: false")
