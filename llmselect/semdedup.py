@@ -34,7 +34,7 @@ class Dedup:
         for key in ("x", "quality"):
             feature = getattr(self, key)
             if feature is not None and feature.partition(".")[0] not in features:
-                raise UsageError(f"dedup.{key}: no feature {reprlib.repr(feature)}.{nearest(feature, features)} There are: {list(features)}")
+                raise UsageError(f"dedup.{key}: no feature '{feature}'.{nearest(feature, features)} There are: {list(features)}")
         if not 0 < self.threshold < 1:
             raise UsageError(f"dedup.threshold: {self.threshold} must lie between 0 and 1")
 
