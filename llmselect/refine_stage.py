@@ -70,8 +70,8 @@ def _same_threads(run: Run) -> None:
 
 def _save(run: Run, made: Selection, out: Path, key: dict[str, Any], method: str, seconds: float) -> None:
     about = {**made.provenance, "key": key, "method": method}
-    Selection(made.indices, made.n, None, None, made.evidence, made.nested, about, made.ids).save(out)
     account.took(run.folder, account.SELECTIONS, f"{method}/{out.name}", seconds)
+    Selection(made.indices, made.n, None, None, made.evidence, made.nested, about, made.ids).save(out)
 
 
 def _lost(run: Run, x: Any, quality: Any) -> np.ndarray:

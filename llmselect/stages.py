@@ -260,8 +260,8 @@ def _select(run: Run, method: str, seed: int) -> None:
     seconds, provenance = time.monotonic() - start, {**made.provenance, "key": key, "method": method}
     if not run.process.is_main_process:
         return
+    account.took(run.folder, account.SELECTIONS, f"{method}/seed-{seed}", seconds)  # first: a kill after it selects again
     Selection(made.indices, made.n, made.scores, made.weights, evidence, made.nested, provenance, made.ids).save(out)
-    account.took(run.folder, account.SELECTIONS, f"{method}/seed-{seed}", seconds)
 
 
 def _inputs(run: Run, selector: type, reads: Mapping[str, Any], arrays: dict[str, Any], tasks: Tasks | None) -> dict[str, Any]:
