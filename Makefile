@@ -3,7 +3,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
 JOBS ?= 2
-COVERED := same_selection arrays kernels topk ccs cld dsir transport
+COVERED := same_selection arrays kernels topk neighbours bm25 sketch mixing ccs cld dsir transport
 
 .PHONY: quickstart test coverage lint docs install clean
 
