@@ -1,6 +1,6 @@
 """Tokens of conversations on disk, made once: extraction, training and evaluation read what preparing the pool has encoded.
 
-Layout: `<folder>/<fingerprint of the encoder>/<sha256 of the file>.safetensors`, a segment for each batch of new rows. A row is
+Layout: `<folder>/<name of the encoder>/<sha256 of the file>.safetensors`, a segment for each batch of new rows. A row is
 found by what it says, not by its place, so whoever asks, in whatever order, finds it; a file's name is its checksum.
 """
 
@@ -22,7 +22,7 @@ from llmselect import atomic
 from llmselect.arrays import read_shard
 
 if TYPE_CHECKING:
-    from llmselect.chat import Encoded
+    from llmselect.chat import ChatEncoder, Encoded
 
 log = logging.getLogger("llmselect")
 LEAST = 32  # rows worth a file
@@ -32,7 +32,10 @@ SEGMENT_BITS = 24  # a place in the index: segment · 2²⁴ + row
 
 
 class Index:
-    """64-bit keys and their places, 16 bytes a row: sorted runs, merged when the last two are of a size."""
+    """64-bit keys and their places, 16 bytes a row: sorted runs, merged when the last two are of a size.
+
+    Of a key that joined twice the later place counts: the file of the earlier one was lost or damaged.
+    """
 
     def __init__(self) -> None:
         self.runs = list[tuple[np.ndarray, np.ndarray]]()
@@ -41,7 +44,7 @@ class Index:
         """Join `keys [m]` uint64 at `places [m]`."""
         while self.runs and len(self.runs[-1][0]) <= 2 * len(keys):
             more = self.runs.pop()
-            keys, places = np.concatenate([more[0], keys]), np.concatenate([more[1], places])
+            keys, places = np.concatenate([keys, more[0]]), np.concatenate([places, more[1]])  # the later ones first
         order = np.argsort(keys, kind="stable")
         self.runs.append((keys[order], places[order]))
 
@@ -117,16 +120,17 @@ class TokenCache:
         """A segment that is as it was written; None where it is not, and then its rows are encoded again."""
         if file in self.open:
             return self.open[file]
-        if not file.exists():
-            return None
-        if file not in self.intact:
-            if atomic.sha256_file(file) != file.stem:
+        try:
+            if file not in self.intact and atomic.sha256_file(file) != file.stem:
                 return self._drop(file)
-            self.intact.add(file)
+            found = Segment(**read_shard(file))
+        except FileNotFoundError:  # lost, or dropped by another process
+            return None
+        self.intact.add(file)
         while len(self.open) >= OPEN:
             self.open.pop(next(iter(self.open)))
-        self.open[file] = Segment(**read_shard(file))
-        return self.open[file]
+        self.open[file] = found
+        return found
 
     def _drop(self, file: Path) -> None:
         log.warning("%s is damaged (its checksum differs); its rows are tokenised again", file)
@@ -145,11 +149,18 @@ class TokenCache:
         self.files.append(file)
 
 
+def name_of(encoder: ChatEncoder) -> str:
+    """The folder of an encoder's tokens: its fingerprint, and what else `tokenizer_config.json` tells of tokens and masks."""
+    tokenizer = encoder.tokenizer
+    more = str((sorted(tokenizer.all_special_ids), bool(getattr(tokenizer, "split_special_tokens", False))))
+    return hashlib.sha256(f"{encoder.fingerprint}\0{more}".encode()).hexdigest()[:32]
+
+
 def keys_of(file: Path) -> np.ndarray | None:
     """The keys of a segment, `[m, 16]`, not yet compared with its checksum; None where there are none to read."""
     try:
         key = read_shard(file)["key"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return key if key.dtype == np.uint8 and key.shape[1:] == (16,) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from llmselect import atomic
 from llmselect.chat import ChatEncoder, Encoded
 from llmselect.comparison import evaluate_stage, train_stage
 from llmselect.engine.backbone import Backbone
@@ -22,6 +24,7 @@ from llmselect.stages import Run, extract_stage, select_stage
 from llmselect.token_cache import Index, TokenCache, digest, short
 
 CHATS = tiny.chats(100)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} says {{ m['content'] }}\n{% endfor %}"
 
 
 def same(found: list[Encoded], expected: list[Encoded]) -> None:
@@ -78,6 +81,13 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureF
     assert file.read_bytes() == whole  # the same rows again, whole
 
 
+def test_a_file_of_something_else_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    encode = Counted()
+    TokenCache(tmp_path).encode(CHATS[:4], encode)
+    assert encode.rows == 4 and not list(tmp_path.iterdir())
+
+
 def test_a_lost_file_is_made_again(tmp_path: Path) -> None:
     plain, encode = ChatEncoder(tiny.tokenizer(), 24).encode(CHATS), Counted()
     TokenCache(tmp_path).encode(CHATS, encode)
@@ -87,11 +97,53 @@ def test_a_lost_file_is_made_again(tmp_path: Path) -> None:
     assert encode.rows == 200
 
 
-def test_another_length_or_template_has_tokens_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+def test_another_length_has_tokens_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
     for length in (24, 48, 24):
         one = Backbone(str(tiny_model), max_length=length, tokens=tmp_path / "kept").encoder
         same(one.encode(CHATS), ChatEncoder(one.tokenizer, length).encode(CHATS))
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize("setting", [{"split_special_tokens": True}, {"extra_special_tokens": []}, {"chat_template": TEMPLATE}],
+                         ids=["split", "special", "template"])  # fmt: skip
+def test_a_setting_of_the_tokenizer_that_changes_tokens_has_a_folder_of_its_own(
+    tmp_path: Path, tiny_model: Path, setting: dict[str, Any]
+) -> None:
+    """`tokenizer_config.json` changes where `tokenizer.json` does not: the tokens kept before are not those made now."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    chat = [{"role": "user", "content": "say <|im_start|> please"}, {"role": "assistant", "content": "say <|im_start|> please"}]
+    chats, about = [chat] * 40, model / "tokenizer_config.json"
+    before = Backbone(str(model), max_length=48, tokens=tmp_path / "kept").encoder.encode(chats)
+    if "chat_template" in setting:
+        (model / "chat_template.jinja").write_text(setting["chat_template"])
+    about.write_text(json.dumps(json.loads(about.read_text()) | setting))
+    after = Backbone(str(model), max_length=48, tokens=tmp_path / "kept").encoder
+    same(after.encode(chats), ChatEncoder(after.tokenizer, 48).encode(chats))
+    with pytest.raises(AssertionError):  # or the setting would change nothing
+        same(after.encode(chats), before)
+
+
+def test_rows_made_again_are_found_where_they_lie_now(tmp_path: Path) -> None:
+    encode, cache = Counted(), TokenCache(tmp_path)
+    cache.encode(CHATS, encode)
+    next(tmp_path.iterdir()).unlink()
+    plain = cache.encode(CHATS[::-1], encode)  # another file, for the order is another
+    same(cache.encode(CHATS[::-1], encode), plain)
+    assert encode.rows == 200 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_another_process_drops_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, encode = ChatEncoder(tiny.tokenizer(), 24).encode(CHATS), Counted()
+    TokenCache(tmp_path).encode(CHATS, encode)
+    kept = atomic.sha256_file
+
+    def dropped(file: Path) -> str:
+        file.unlink()
+        return kept(file)
+
+    monkeypatch.setattr(atomic, "sha256_file", dropped)
+    same(TokenCache(tmp_path).encode(CHATS, encode), plain)
+    assert encode.rows == 200
 
 
 def test_an_equal_half_of_a_key_is_not_taken_for_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
