@@ -119,9 +119,9 @@ class ChatEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides tokens and masks: vocabulary, template, length limit, rules."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.template, str(self.tokenizer.special_tokens_map),
-                 str(self.max_length), str(RULES))  # fmt: skip
+        """SHA-256 of what decides tokens and masks: vocabulary, template, special tokens, length limit, rules."""
+        special = (self.tokenizer.special_tokens_map, self._special.tolist(), bool(self.tokenizer.split_special_tokens))
+        parts = (self.tokenizer.backend_tokenizer.to_str(), self.template, str(special), str(self.max_length), str(RULES))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:

@@ -280,7 +280,7 @@ def write_fit(folder: Path, data: bytes) -> None:
 def intact_fit(folder: Path, again: str) -> Path:
     """The file that `write_fit` wrote. Errors: `LlmselectError` saying `again`, what to type, when its bytes are others."""
     file, note = folder / FIT, (folder / FIT).with_suffix(".json")  # no note: written before there was one
-    if note.exists() and (not file.exists() or atomic.sha256_file(file) != atomic.read_sealed(note, again)["sha256"]):
+    if note.exists() and (not file.exists() or atomic.sha256_file(file) != atomic.read_sealed(note, again).get("sha256")):
         raise LlmselectError(f"{file} is damaged (its checksum differs); {again}")
     return file
 

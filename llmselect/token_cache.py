@@ -1,7 +1,8 @@
 """Tokens of conversations on disk, made once: extraction, training and evaluation read what preparing the pool has encoded.
 
-Layout: `<folder>/<name of the encoder>/<sha256 of the file>.safetensors`, a segment for each batch of new rows. A row is
+Layout: `<folder>/<fingerprint of the encoder>/<sha256 of the file>.safetensors`, a segment for each batch of new rows. A row is
 found by what it says, not by its place, so whoever asks, in whatever order, finds it; a file's name is its checksum.
+What a template makes of the day's date is that of the day when a row was first met.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmselect import atomic
 from llmselect.arrays import read_shard
 
 if TYPE_CHECKING:
-    from llmselect.chat import ChatEncoder, Encoded
+    from llmselect.chat import Encoded
 
 log = logging.getLogger("llmselect")
 LEAST = 32  # rows worth a file
@@ -149,13 +150,6 @@ class TokenCache:
         self.files.append(file)
 
 
-def name_of(encoder: ChatEncoder) -> str:
-    """The folder of an encoder's tokens: its fingerprint, and what else `tokenizer_config.json` tells of tokens and masks."""
-    tokenizer = encoder.tokenizer
-    more = str((sorted(tokenizer.all_special_ids), bool(getattr(tokenizer, "split_special_tokens", False))))
-    return hashlib.sha256(f"{encoder.fingerprint}\0{more}".encode()).hexdigest()[:32]
-
-
 def keys_of(file: Path) -> np.ndarray | None:
     """The keys of a segment, `[m, 16]`, not yet compared with its checksum; None where there are none to read."""
     try:
@@ -167,7 +161,7 @@ def keys_of(file: Path) -> np.ndarray | None:
 
 def digest(messages: Any) -> bytes:
     """16 bytes that stand for what a conversation says."""
-    return hashlib.blake2b(json.dumps(messages, sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(messages, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
 def short(keys: np.ndarray) -> np.ndarray:

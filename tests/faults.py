@@ -220,7 +220,7 @@ class Yard:
         differing = sorted(n for n in self.expected.keys() | made.keys() if made.get(n) != self.expected.get(n))
         again = sorted(name for name, at in (done or {}).items() if later.get(name) != at)
         found |= {"code": code, "differing": [n for n in differing if n not in found.get("apart", ())], "again": again}
-        found["lost"] = 0 if found.get("apart") else rows_lost(self.run)
+        found["lost"] = 0 if UNREAD in found.get("apart", ()) else rows_lost(self.run)
         found["survived"] = code == 0 and not found["differing"] and not again and not found["lost"] and not found.get("wrong")
         if not found["survived"]:
             found["said"] = said[-2000:]

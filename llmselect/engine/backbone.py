@@ -18,7 +18,7 @@ from llmselect import atomic
 from llmselect.chat import ChatEncoder
 from llmselect.engine.memory import is_out_of_memory
 from llmselect.errors import LlmselectError, UsageError, of_the_disk
-from llmselect.token_cache import TokenCache, name_of
+from llmselect.token_cache import TokenCache
 
 log = logging.getLogger("llmselect")
 
@@ -69,7 +69,7 @@ class Backbone:
             raise UsageError(f"max_length: {max_length} is more than the {limit} tokens that {model} reads")
         self.encoder = ChatEncoder(self.tokenizer, max_length or min(limit, 2048))
         if tokens is not None:  # each encoder's apart: another length cuts otherwise
-            self.encoder.cache = TokenCache(tokens / name_of(self.encoder))
+            self.encoder.cache = TokenCache(tokens / self.encoder.fingerprint[:32])
         self.hidden_size, self.depth = self.text_config.hidden_size, self.text_config.num_hidden_layers
         self.pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 
