@@ -30,7 +30,7 @@ def test_one_is_made_while_the_one_before_is_used() -> None:
         assert square == n * n
         if n < 4:
             assert begun[n + 1].wait(PATIENCE)  # in the other thread: this one is here
-        assert not begun[n + 2].is_set() if n < 4 else True
+            assert not begun[n + 2].is_set()  # and no further
     assert made == [0, 1, 2, 3, 4] and list(ahead([], make)) == []
 
 

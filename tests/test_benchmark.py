@@ -16,7 +16,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import tiny
-from llmselect.benchmark import lds, outlook, statistics
+from llmselect.benchmark import lds, outlook, results, statistics
 from llmselect.benchmark.cells import run_grid
 from llmselect.benchmark.claims import claim, holder
 from llmselect.benchmark.grid import load_grid, parse_only
@@ -282,3 +282,13 @@ def test_lds_on_a_tiny_model_resumes(tmp_path, tiny_model):
     assert {"trim", "rds", "random"} <= set(found) and all(one.subsets == 4 for one in found.values())
     with pytest.raises(LlmselectError, match="fraction"):
         lds.train_subsets(plan, "tiny", tmp_path / "lds", 3, 0.4)
+
+
+def test_a_cell_whose_checksum_was_cut_away_is_refused(tmp_path):
+    one = results.Result("g", "m", "t", "random", "5%", 0, 3, 99, {"train": 1.0}, 0.5, {"t": "ab"}, {"t": np.array([1.25, 2.5])}, {})
+    one.save(tmp_path / "cell.json")
+    about = json.loads((tmp_path / "cell.json").read_text())
+    assert results.load(tmp_path / "cell.json").nll == 1.875 and about.pop("checksum")
+    (tmp_path / "cell.json").write_text(results._text(about))
+    with pytest.raises(LlmselectError, match="its checksum differs"):
+        results.load(tmp_path / "cell.json")

@@ -222,3 +222,21 @@ def test_what_the_machine_does_is_told_and_defects_are_not_hidden():
         assert told is not None and said in told and "\n" not in told
     for defect in (KeyError("x"), RuntimeError("shape mismatch"), ValueError("bad"), AssertionError()):
         assert of_the_machine(defect) is None
+
+
+def test_seconds_are_noted_before_their_selection_and_a_changed_digit_is_refused(run, monkeypatch):
+    prepare(run)
+    extract_stage(run)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llmselect.selection.Selection.save", killed)
+        select_stage(run)
+    assert list(account.seconds(run.folder, account.SELECTIONS)) == ["sim/seed-0"]
+    account.took(run.folder, account.SELECTIONS, "sim/seed-0", 1.25)
+    file = run.folder / account.SELECTIONS
+    file.write_text(file.read_text().replace("1.25", "1.35"))
+    with pytest.raises(LlmselectError, match=r"seconds\.json is damaged.*; delete .*seconds\.json and run again"):
+        account.seconds(run.folder, account.SELECTIONS)
