@@ -285,7 +285,8 @@ def test_lds_on_a_tiny_model_resumes(tmp_path, tiny_model):
 
 
 def test_a_cell_whose_checksum_was_cut_away_is_refused(tmp_path):
-    one = results.Result("g", "m", "t", "random", "5%", 0, 3, 99, {"train": 1.0}, 0.5, {"t": "ab"}, {"t": np.array([1.25, 2.5])}, {})
+    losses = {"t": np.array([1.25, 2.5])}
+    one = Result("g", "m", "t", "random", "5%", 0, 3, 99, {"train": 1.0}, 0.5, {"t": "ab"}, losses, {})
     one.save(tmp_path / "cell.json")
     about = json.loads((tmp_path / "cell.json").read_text())
     assert results.load(tmp_path / "cell.json").nll == 1.875 and about.pop("checksum")
