@@ -69,9 +69,10 @@ def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds):
     into, source = csr_array(p).tocsc(), keyed(n, seed)
     draws = (source.uniform("cascade") * 2.0**52).astype(np.uint64)
     indices = into.indices.astype(np.int32)
-    ptr, members = cascade._sets(into.indptr.astype(np.int64), indices, into.data, source.keys, draws, rounds)
-    sets = [set(members[a:b].tolist()) for a, b in itertools.pairwise(ptr)]
-    assert len(members) == sum(map(len, sets))
+    cover = cascade._Cover((into.indptr.astype(np.int64), indices, into.data, source.keys, draws), n * rounds)
+    holding = [cover.holding[a:b].tolist() for a, b in itertools.pairwise(cover.start)]
+    sets = [{row for row in range(n) if i in holding[row]} for i in range(n * rounds)]
+    assert len(cover.holding) == sum(map(len, sets)) == cover.new.sum()
     assert all(i % n in one for i, one in enumerate(sets))
     taken: list[int] = []
     for _ in range(n):

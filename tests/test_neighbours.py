@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,12 +62,11 @@ def test_few_neighbours_are_missed_where_rows_cluster(monkeypatch, d, directions
 def test_one_list_is_exact(monkeypatch, numbers):
     monkeypatch.setattr(kernel, "NUMBERS", numbers)  # 64 rows at a time, or all
     x = clustered(700, 12, 5).astype(np.float16)
-    with ExitStack() as held:
-        for rows, values, near in kernel._lists(Rows(x), 1, held).search(6):
-            assert (near[:, 0] == rows).all()
-            others = np.take_along_axis(dense(x.astype(np.float64))[rows], near[:, 1:], 1)
-            np.testing.assert_allclose(values[:, 1:], others, atol=2e-3)
-            np.testing.assert_allclose(others, -np.sort(-dense(x.astype(np.float64))[rows], 1)[:, :5], atol=2e-3)
+    for rows, values, near in kernel._lists(Rows(x), 1).search(6):
+        assert (near[:, 0] == rows).all()
+        others = np.take_along_axis(dense(x.astype(np.float64))[rows], near[:, 1:], 1)
+        np.testing.assert_allclose(values[:, 1:], others, atol=2e-3)
+        np.testing.assert_allclose(others, -np.sort(-dense(x.astype(np.float64))[rows], 1)[:, :5], atol=2e-3)
 
 
 @pytest.mark.parametrize("n,k", [(3000, 7), (400, 64), (150, 149)])
@@ -111,8 +107,7 @@ def test_a_list_of_fewer_rows_leaves_places_empty(monkeypatch):
     monkeypatch.setattr(kernel, "READ", 1)
     x = clustered(400, 16, 10)
     near, cosine = neighbours(Rows(x), 15, 100)
-    with ExitStack() as held:
-        sizes = np.diff(kernel._lists(Rows(x), 80, held).start)
+    sizes = np.diff(kernel._lists(Rows(x), 80).start)
     missing = near < 0
     assert sorted((~missing).sum(1).tolist()) == sorted(np.repeat(np.minimum(sizes - 1, 15), sizes).tolist())
     assert missing.any() and (cosine[missing] == 0).all() and (near[~missing] != np.nonzero(~missing)[0]).all()
@@ -131,27 +126,28 @@ def test_sizes_of_blocks_decide_nothing(monkeypatch):
 def test_another_number_of_threads_gives_the_same_bits():
     x = clustered(20000, 96, 30)
     x[::3] = x[1]
-    with ExitStack() as held:
-        lists, found = kernel._lists(Rows(x), 400, held), list[list[np.ndarray]]()
-        for threads in (1, 3):
-            with threadpool_limits(threads):
-                found.append([np.concatenate(part) for part in zip(*lists.search(5), strict=True)])
+    lists, found = kernel._lists(Rows(x), 400), list[list[np.ndarray]]()
+    for threads in (1, 3):
+        with threadpool_limits(threads):
+            found.append([np.concatenate(part) for part in zip(*lists.search(5), strict=True)])
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_vectors_from_a_file_are_those_from_memory(monkeypatch, tmp_path):
+def test_what_lies_in_files_is_what_memory_holds(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    x, mapped = Rows(np.random.default_rng(0).standard_normal((1500, 24)).astype(np.float16)), list[Path]()
+    x, mapped = Rows(np.random.default_rng(0).standard_normal((1500, 24)).astype(np.float16)), list[tuple[int, ...]]()
     real = np.memmap
 
-    def recorded(path, *rest, **options):
-        mapped.append(path)
-        assert path.stat().st_size == 2 * 1500 * 24
-        return real(path, *rest, **options)
+    def recorded(file, dtype, mode, shape):
+        mapped.append(shape)
+        assert file.seek(0, 2) == np.prod(shape) * np.dtype(dtype).itemsize, "written before it is mapped"
+        return real(file, dtype, mode, shape=shape)
 
     monkeypatch.setattr(np, "memmap", recorded)
     held = neighbours(x, 10, 100)
-    monkeypatch.setattr(kernel, "HELD", 1)
+    assert not mapped
+    monkeypatch.setattr("llmselect.kernels.room.HELD", 1)
     filed = neighbours(x, 10, 100)
     assert np.array_equal(held[0], filed[0]) and np.array_equal(held[1], filed[1])
-    assert len(mapped) == 1 and mapped[0].is_relative_to(tmp_path) and not list(tmp_path.iterdir())
+    assert sorted(mapped) == [(1500, 10), (1500, 10), (1500, 24), (1500, 36), (1500, 36)]
+    assert not list(tmp_path.iterdir()), "files without a name, gone with their arrays"

@@ -9,8 +9,6 @@ Import it where it is used: numba, which it needs at once, takes a second to imp
 
 from __future__ import annotations
 
-# scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from numba import njit
 from llmselect.errors import LlmselectError
 from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.room import room
 
 
 @njit(nogil=True, cache=True)
@@ -30,38 +29,65 @@ def _mix(x: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _sets(in_ptr: Any, in_from: Any, chance: Any, keys: Any, draws: Any, rounds: int) -> Any:  # pragma: no cover - compiled
-    """CSR of the rows in each set; set r·n + i has root i. Whether an edge carries depends on (draw of the root and the
-    round, keys of the edge's ends) alone, so it does not depend on the order of rows."""
+def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no cover - compiled
+    """How many rows the set holds: `members[:…]`; set r·n + i has root i. Whether an edge carries depends on (draw of the root
+    and the round, keys of the edge's ends) alone, so it does not depend on the order of rows, and a set can be made again."""
+    in_ptr, in_from, chance, keys, draws = graph
     n = len(keys)
-    ptr, members, count = np.zeros(n * rounds + 1, np.int64), np.empty(4 * n * rounds + 1, np.int32), 0
-    last = np.full(n, -1, np.int64)
-    for which in range(n * rounds):
-        draw = _mix(draws[which % n] + np.uint64(which // n) * np.uint64(0x9E3779B97F4A7C15))
-        ptr[which], at = count, count
-        members[count], last[which % n] = which % n, which
-        count += 1
-        while at < count:
-            if count + in_ptr[members[at] + 1] - in_ptr[members[at]] >= len(members):
-                members = np.concatenate((members, np.empty(count + n, np.int32)))
-            u = members[at]
-            at += 1
-            for e in range(in_ptr[u], in_ptr[u + 1]):
-                v = in_from[e]
-                bits = _mix(_mix(draw ^ keys[u]) + keys[v])
-                if last[v] != which and (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52 < chance[e]:
-                    members[count], last[v] = v, which
-                    count += 1
-    ptr[-1] = count
-    return ptr, members[:count]
+    draw = _mix(draws[which % n] + np.uint64(which // n) * np.uint64(0x9E3779B97F4A7C15))
+    last[n] += 1  # of this walk
+    members[0], last[which % n], count, at = which % n, last[n], 1, 0
+    while at < count:
+        u = members[at]
+        at += 1
+        for e in range(in_ptr[u], in_ptr[u + 1]):
+            v = in_from[e]
+            bits = _mix(_mix(draw ^ keys[u]) + keys[v])
+            if last[v] != last[n] and (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52 < chance[e]:
+                members[count], last[v] = v, last[n]
+                count += 1
+    return count
+
+
+@njit(nogil=True, cache=True)
+def _count(sets: int, graph: Any, members: Any, last: Any, new: Any) -> None:  # pragma: no cover - compiled
+    for which in range(sets):
+        for at in range(_walk(which, graph, members, last)):
+            new[members[at]] += 1
+
+
+@njit(nogil=True, cache=True)
+def _fill(sets: int, graph: Any, members: Any, last: Any, place: Any, holding: Any) -> None:  # pragma: no cover - compiled
+    for which in range(sets):
+        for at in range(_walk(which, graph, members, last)):
+            holding[place[members[at]]] = which
+            place[members[at]] += 1
+
+
+@njit(nogil=True, cache=True)
+def _reach(holding: Any, graph: Any, members: Any, last: Any, held: Any, new: Any) -> None:  # pragma: no cover - compiled
+    for which in holding:
+        if not held[which]:
+            held[which] = True
+            for at in range(_walk(which, graph, members, last)):
+                new[members[at]] -= 1
 
 
 class _Cover:
-    """f(S) = the number of sets that hold a row of S, an objective of `kernels.greedy`."""
+    """f(S) = the number of sets that hold a row of S, an objective of `kernels.greedy`.
 
-    def __init__(self, sets: Any):
-        self.sets, self.back = sets, sets.tocsc()
-        self.held, self.new = np.zeros(sets.shape[0], bool), np.diff(self.back.indptr)
+    The sets that hold row i are `holding[start[i] : start[i + 1]]`. The rows of a set are not kept: it is made three times, to
+    count, to fill `holding`, and when a row of it is taken.
+    """
+
+    def __init__(self, graph: tuple[np.ndarray, ...], sets: int):
+        n = len(graph[0]) - 1
+        self.graph, self.members, self.last = graph, np.empty(n, np.int32), np.zeros(n + 1, np.int64)
+        self.held, self.new = np.zeros(sets, bool), np.zeros(n, np.int64)
+        _count(sets, graph, self.members, self.last, self.new)
+        self.start = np.concatenate([[0], np.cumsum(self.new)])
+        self.holding = room((int(self.start[-1]),), np.int32 if sets < 1 << 31 else np.int64)
+        _fill(sets, graph, self.members, self.last, self.start[:-1].copy(), self.holding)
 
     def bounds(self) -> np.ndarray:
         return self.new
@@ -70,10 +96,8 @@ class _Cover:
         return self.new[rows]
 
     def add(self, row: int) -> None:
-        holding = self.back.indices[self.back.indptr[row] : self.back.indptr[row + 1]]
-        holding = holding[~self.held[holding]]
-        self.held[holding] = True
-        np.subtract.at(self.new, self.sets[holding].indices, 1)
+        at = slice(self.start[row], self.start[row + 1])
+        _reach(self.holding[at], self.graph, self.members, self.last, self.held, self.new)
 
 
 def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
@@ -83,17 +107,14 @@ def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.
         graph: `scipy.sparse [n, n]`, p_vu in row v, column u, each in [0, 1].
         rounds: sets sampled per root; every row is a root equally often, and of all rows alike.
 
-    Time and memory: that of the sets, n · rounds · (mean number of rows that reach a row). Errors: `LlmselectError` for
-    numbers that are no probabilities.
+    Time: that of making the sets three times. Memory: 4 bytes for each row of each set, n · rounds · (mean number of rows that
+    reach a row) in all, in a file above a gigabyte. Errors: `LlmselectError` for numbers that are no probabilities.
     """
-    from scipy.sparse import csr_array
-
     into = graph.tocsc()
     if not ((into.data >= 0) & (into.data <= 1)).all():
         raise LlmselectError("graph: its values must be probabilities, from 0 to 1")
     keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
-    chance = into.data.astype(np.float64)
-    ptr, members = _sets(into.indptr.astype(np.int64), into.indices.astype(np.int32), chance, keys, draws, rounds)
-    sets = csr_array((np.ones(len(members), np.bool_), members, ptr), shape=(len(ptr) - 1, len(keys)))
-    found = maximize(_Cover(sets), min(k, len(keys)), rng)
+    ends, chance = into.indices.astype(np.int32, copy=False), into.data.astype(np.float64, copy=False)
+    edges = into.indptr.astype(np.int64), ends, chance, keys, draws
+    found = maximize(_Cover(edges, len(keys) * rounds), min(k, len(keys)), rng)
     return found.order, found.gains / rounds

@@ -71,7 +71,7 @@ def _rounded(gains: np.ndarray) -> np.ndarray:
     return np.asarray(gains, np.float64).astype(np.float32)
 
 
-class _Queue:
+class Queue:
     """Rows by bound, largest first, equal ones by key: sorted once; those that come back with another bound lie in a heap."""
 
     def __init__(self, bound: np.ndarray, keys: np.ndarray, rows: np.ndarray):
@@ -104,7 +104,7 @@ class _Queue:
 
 def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
     bound = _rounded(objective.bounds())
-    queue, left, looked = _Queue(bound, keys, np.arange(len(bound))), np.ones(len(bound), bool), 0
+    queue, left, looked = Queue(bound, keys, np.arange(len(bound))), np.ones(len(bound), bool), 0
     fresh = np.full(len(bound), -1, np.int64)
     order, gains, evaluations = list[int](), list[float](), 0
     while len(order) < k:
@@ -124,7 +124,7 @@ def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
         gains.append(-value)
         left[row] = False
         if looked * REFRESH > len(bound) and isinstance(objective, Refreshing):
-            queue = _Queue(_rounded(objective.refresh()), keys, np.flatnonzero(left))
+            queue = Queue(_rounded(objective.refresh()), keys, np.flatnonzero(left))
             evaluations, looked = evaluations + looked, 0
     return Greedy(np.array(order, np.int64), np.array(gains), evaluations + looked)
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 # threadpoolctl has no types.
 # pyright: reportMissingTypeStubs=false
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from llmselect.kernels.kmeans import ENOUGH, centroids_of, faiss
+from llmselect.kernels.room import room
 from llmselect.kernels.rows import Rows
 
 EXACT = 50_000
-HELD = 1 << 30  # bytes of vectors above which they lie in a file
 NUMBERS = 1 << 23  # of rows multiplied with others, 32 MB in float32
 LISTS, READ, ITERATIONS = 4, 36, 6  # lists for each √n, those read for a row, and rounds of k-means that make them
 THREADS = 16  # at most: each holds about 150 MB
@@ -42,21 +39,20 @@ def neighbours(x: Rows, k: int, exact_below: int = EXACT) -> tuple[np.ndarray, n
     """The `k` nearest other rows of every row of unit rows `x [n, d]`: rows `[n, k]` int32, cosines `[n, k]` float32.
 
     Exact up to `exact_below` rows; above it rows are put into 4√n lists around centroids, of which 36 are read for each row
-    (recall 0.98 on texts by TF-IDF, 1 where rows cluster). Vectors are taken in half precision, 2·n·d bytes: in memory up to
-    1 GB, else in a temporary file. -1, and cosine 0, where the lists hold fewer rows.
+    (recall 0.98 on texts by TF-IDF, 1 where rows cluster). Vectors are taken in half precision, 2·n·d bytes; they, the lists
+    of each row and what is found lie in rooms of `kernels.room`. -1, and cosine 0, where the lists hold fewer rows.
     """
-    n, k = len(x), min(k, len(x) - 1)
-    near, cosine = np.full((n, max(k, 0)), -1, np.int32), np.zeros((n, max(k, 0)), np.float32)
+    n, k = len(x), max(min(k, len(x) - 1), 0)
+    near, cosine = room((n, k), np.int32), room((n, k), np.float32)
     if k < 1:
         return near, cosine
-    with ExitStack() as held:
-        small = n <= exact_below and n * x.shape[1] < 1 << 26
-        found = _flat(x, k + 1) if small else _lists(x, 1 if n <= exact_below else int(LISTS * np.sqrt(n)), held).search(k + 1)
-        for rows, values, others in found:
-            own = others == rows[:, None]
-            own[~own.any(1), -1] = True  # among equal rows the row itself may be missing: the last one goes then
-            near[rows] = others[~own].reshape(len(rows), k)
-            cosine[rows] = np.where(others < 0, 0, values)[~own].reshape(len(rows), k)
+    small = n <= exact_below and n * x.shape[1] < 1 << 26
+    found = _flat(x, k + 1) if small else _lists(x, 1 if n <= exact_below else int(LISTS * np.sqrt(n))).search(k + 1)
+    for rows, values, others in found:
+        own = others == rows[:, None]
+        own[~own.any(1), -1] = True  # among equal rows the row itself may be missing: the last one goes then
+        near[rows] = others[~own].reshape(len(rows), k)
+        cosine[rows] = np.where(others < 0, 0, values)[~own].reshape(len(rows), k)
     return near, cosine
 
 
@@ -110,16 +106,17 @@ class _Lists:
                 best.add_result_subset(rows, self.vectors[first + rows].astype(np.float32) @ block.T, others)
 
 
-def _lists(x: Rows, lists: int, held: ExitStack) -> _Lists:
-    """The rows of `x` in `lists` lists; their file, if they need one, lives as long as `held`."""
-    read = _nearest_lists(x, lists) if lists > 1 else np.zeros((len(x), 1), np.int32)
-    order, place = np.argsort(read[:, 0], kind="stable"), np.empty(len(x), np.int64)
+def _lists(x: Rows, lists: int) -> _Lists:
+    """The rows of `x` in `lists` lists."""
+    nearest = _nearest_lists(x, lists) if lists > 1 else np.zeros((len(x), 1), np.int32)
+    order, place = np.argsort(nearest[:, 0], kind="stable"), np.empty(len(x), np.int64)
     place[order] = np.arange(len(x))
-    vectors = _room(x.shape, held)
+    vectors, read = room(x.shape, np.float16), room(nearest.shape, np.int32)
     for first, rows in x.blocks():
-        vectors[place[first : first + len(rows)]] = rows
-    start = np.cumsum(np.bincount(read[:, 0], minlength=lists))
-    return _Lists(order, vectors, read[order], [0, *start.tolist()])
+        here = place[first : first + len(rows)]
+        vectors[here], read[here] = rows, nearest[first : first + len(rows)]
+    start = np.cumsum(np.bincount(nearest[:, 0], minlength=lists))
+    return _Lists(order, vectors, read, [0, *start.tolist()])
 
 
 def _nearest_lists(x: Rows, lists: int) -> np.ndarray:
@@ -127,19 +124,7 @@ def _nearest_lists(x: Rows, lists: int) -> np.ndarray:
     sample = np.random.default_rng(0).permutation(len(x))[: ENOUGH * lists]
     index = faiss().IndexFlatIP(x.shape[1])
     index.add(centroids_of(x.gather(sample, np.float32), lists, ITERATIONS, True))
-    found = np.empty((len(x), min(READ, lists)), np.int32)
+    found = room((len(x), min(READ, lists)), np.int32)
     for first, rows in x.blocks():
         found[first : first + len(rows)] = index.search(np.ascontiguousarray(rows, np.float32), found.shape[1])[1]
     return found
-
-
-def _room(shape: tuple[int, int], held: ExitStack) -> np.ndarray:
-    """Room for vectors in float16, in a temporary file where they are large."""
-    size = 2 * shape[0] * shape[1]
-    if size <= HELD:
-        return np.empty(shape, np.float16)
-    path = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="llmselect-neighbours-"))) / "vectors"
-    with path.open("wb") as file:  # written once before it is mapped: a full disk is then an error and not a signal
-        for first in range(0, size, 1 << 24):
-            file.write(bytes(min(1 << 24, size - first)))
-    return np.asarray(np.memmap(path, np.float16, "r+", shape=shape))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-# scipy.sparse has no types.
-# pyright: reportMissingTypeStubs=false
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from llmselect.kernels.graph import undirected
 from llmselect.kernels.rows import Held, Rows
 
 ROUNDING = 4e-6  # of a product of a unit row in float32, with room
@@ -16,31 +15,22 @@ ROUNDING = 4e-6  # of a product of a unit row in float32, with room
 
 class Coverage:
     """Facility location f(S) = Σ_i max_{j ∈ S} s_ij on a sparse graph; s_ii = 1, s_ij = max(0, cos) between neighbours of
-    either side, else 0. Memory 16 bytes per edge."""
+    either side, else 0. Memory: that of `kernels.graph`."""
 
     def __init__(self, near: np.ndarray, cosine: np.ndarray):
-        import scipy.sparse
-
-        sparse: Any = scipy.sparse
-        n, k = near.shape
-        row, keep = np.repeat(np.arange(n, dtype=np.int32), k), (near.ravel() >= 0) & (cosine.ravel() > 0)
-        value = np.minimum(cosine.ravel()[keep], 1)
-        edges = sparse.csr_array(sparse.coo_array((value, (row[keep], near.ravel()[keep])), shape=(n, n)))
-        self.edges = sparse.csr_array(edges.maximum(edges.T).maximum(sparse.eye_array(n, format="csr")))
-        self.covered = np.zeros(n)
+        self.graph, self.covered = undirected(near, cosine, above=0), np.zeros(len(near))
 
     def bounds(self) -> np.ndarray:
-        return np.asarray(self.edges.sum(1, dtype=np.float64)).ravel()
+        return self.gains(np.arange(len(self.covered)))
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         out = np.empty(len(rows))
-        _coverage()(self.edges.indptr, self.edges.indices, self.edges.data, self.covered, rows, out)
+        _coverage()(self.graph.start, self.graph.other, self.graph.cosine, self.covered, rows, out)
         return out
 
     def add(self, row: int) -> None:
-        at = slice(self.edges.indptr[row], self.edges.indptr[row + 1])
-        theirs = self.edges.indices[at]
-        self.covered[theirs] = np.maximum(self.covered[theirs], self.edges.data[at])
+        theirs, cosine = self.graph[row]
+        self.covered[theirs], self.covered[row] = np.maximum(self.covered[theirs], cosine), 1
 
 
 @lru_cache(maxsize=1)
@@ -48,11 +38,11 @@ def _coverage() -> Any:
     import numba
 
     @numba.njit(parallel=True, nogil=True, cache=True)
-    def gains(indptr: Any, indices: Any, data: Any, covered: Any, rows: Any, out: Any) -> None:  # pragma: no cover - compiled
+    def gains(start: Any, other: Any, cosine: Any, covered: Any, rows: Any, out: Any) -> None:  # pragma: no cover - compiled
         for i in numba.prange(len(rows)):
-            total = 0.0
-            for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
-                more = data[j] - covered[indices[j]]
+            total = 1 - covered[rows[i]]
+            for j in range(start[rows[i]], start[rows[i] + 1]):
+                more = cosine[j] - covered[other[j]]
                 if more > 0:
                     total += more
             out[i] = total

@@ -5,7 +5,7 @@ Paper: D2 pruning of Maharana et al., "Message Passing for Balancing Data Divers
 Objective: s_i = q_i + Σ_{j ∈ N(i)} exp(-γ_f d_ij) q_j with difficulty q and d the squared distance of unit rows; then
     repeatedly the row i of largest s, after which s_j ← s_j - exp(-γ_r d_ij) s_i for its neighbours j.
 Inputs: `x [n, d]`, an embedding; `quality [n]`, a difficulty (loss, EL2N, IFD).
-Cost: the kNN graph (FAISS); O(n · neighbours · log n) time, 16 bytes an edge.
+Cost: the kNN graph (FAISS); O(n · neighbours · log n) time, 16 bytes an edge, on disk above a gigabyte.
 Deviations: neighbours of either side are neighbours. Difficulties are shifted so that the smallest is 0; a constant one
     ranks nothing, and rows then go by id.
 Defaults: 10 neighbours, γ_f = γ_r = 1; the paper tunes both.
@@ -14,16 +14,16 @@ Use: no target; a difficulty score that near rows should confirm.
 
 from __future__ import annotations
 
-# scipy has no types.
-# pyright: reportMissingTypeStubs=false
-import heapq
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from llmselect.errors import UsageError
 from llmselect.kernels.filtering import check_finite
+from llmselect.kernels.graph import Graph, undirected
+from llmselect.kernels.greedy import Queue
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.neighbours import ByKey, neighbours
 from llmselect.kernels.rows import Rows
@@ -52,48 +52,43 @@ class D2(Selector):
         check_finite(x)
         ordered = ByKey(x, rng.keys)
         worth = (worth - worth.min())[ordered.order]
-        distance = self._graph(ordered)
-        message = worth + _fading(distance, self.gamma_forward) @ worth
-        order, taken = _picks(message, _fading(distance, self.gamma_reverse), k)
+        graph = undirected(*neighbours(Rows(ordered), self.neighbours))
+        message = _passed()(graph.start, graph.other, graph.cosine, self.gamma_forward, worth)
+        order, taken = _picks(message, graph, self.gamma_reverse, k)
         return Picked(ordered.order[order], evidence={"message": taken})
 
-    def _graph(self, x: Any) -> Any:
-        """Squared distances plus 1, so that none is 0, between neighbours: `[n, n]`, symmetric."""
-        from scipy.sparse import coo_array, csr_array
 
-        near, cosine = neighbours(Rows(x), self.neighbours)
-        row, keep = np.repeat(np.arange(len(near)), near.shape[1]), near.ravel() >= 0
-        shifted = 1 + np.maximum(2 - 2 * cosine.ravel()[keep].astype(np.float64), 0)
-        found: Any = csr_array(coo_array((shifted, (row[keep], near.ravel()[keep])), shape=(len(near), len(near))))
-        return csr_array(found.maximum(found.T))
+@lru_cache(maxsize=1)
+def _passed() -> Any:
+    """q_i + Σ_j exp(-γ d_ij) q_j, without room for the weights of all edges."""
+    import numba
+
+    @numba.njit(parallel=True, nogil=True, cache=True)
+    def passed(start: Any, other: Any, cosine: Any, gamma: float, worth: Any) -> Any:  # pragma: no cover - compiled
+        out = np.empty(len(worth))
+        for i in numba.prange(len(worth)):
+            total = worth[i]
+            for e in range(start[i], start[i + 1]):
+                total += np.exp(-gamma * (2 - 2 * float(cosine[e]))) * worth[other[e]]
+            out[i] = total
+        return out
+
+    return passed
 
 
-def _fading(distance: Any, gamma: float) -> Any:
-    from scipy.sparse import csr_array
-
-    weight = np.exp(-gamma * (distance.data - 1))
-    return csr_array((weight, distance.indices, distance.indptr), shape=distance.shape)
-
-
-def _picks(message: np.ndarray, edges: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _picks(message: np.ndarray, graph: Graph, gamma: float, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows in the order picked, of equal messages (in float32) the first, and the message of each."""
     message, free = message.copy(), np.ones(len(message), bool)
-
-    def rounded(rows: Any) -> list[float]:
-        return (-message[rows].astype(np.float32)).tolist()
-
-    heap = list(zip(rounded(slice(None)), range(len(message)), strict=True))
-    heapq.heapify(heap)
+    queue = Queue(message.astype(np.float32), np.arange(len(message)), np.arange(len(message)))
     order, taken = np.empty(k, np.int64), np.empty(k)
     for i in range(k):
-        value, row = heapq.heappop(heap)
+        value, _, row = queue.pop()
         while not free[row] or value != -np.float32(message[row]):  # an entry from before a change
-            value, row = heapq.heappop(heap)
+            value, _, row = queue.pop()
         order[i], taken[i], free[row] = row, message[row], False
-        at = slice(edges.indptr[row], edges.indptr[row + 1])
-        theirs = edges.indices[at]
-        message[theirs] -= edges.data[at] * message[row]
+        theirs, cosine = graph[row]
+        message[theirs] -= np.exp(-gamma * (2 - 2 * cosine.astype(np.float64))) * message[row]
         theirs = theirs[free[theirs]]
-        for entry in zip(rounded(theirs), theirs.tolist(), strict=True):
-            heapq.heappush(heap, entry)
+        for bound, one in zip((-message[theirs].astype(np.float32)).tolist(), theirs.tolist(), strict=True):
+            queue.push((bound, one, one))
     return order, taken

@@ -1,0 +1,93 @@
+"""Undirected graphs of nearest neighbours, in rooms of `kernels.room`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from llmselect.kernels.room import room
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The neighbours of row i are `other[start[i] : start[i + 1]]` (int32), their cosines `cosine[…]` (float32, at most 1).
+
+    Memory: 8 bytes an edge and direction, in files where that is more than a gigabyte, and 8 bytes a row.
+    """
+
+    start: np.ndarray
+    other: np.ndarray
+    cosine: np.ndarray
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        at = slice(self.start[row], self.start[row + 1])
+        return self.other[at], self.cosine[at]
+
+
+def undirected(near: np.ndarray, cosine: np.ndarray, above: float = -np.inf) -> Graph:
+    """Rows one of which is among the nearest of the other, from `kernels.neighbours`; those with a cosine `above` alone.
+
+    A row's own come first, best first, then the rows that have it among theirs, ascending. The cosines of both directions may
+    differ in their last bits, as products of different blocks do.
+    """
+    kind, degree, fill = room(near.shape, np.int8), np.empty(len(near), np.int64), _made()
+    fill.kinds(near, cosine, above, kind, degree)
+    fill.count(near, kind, degree)
+    start = np.concatenate([[0], np.cumsum(degree)])
+    graph = Graph(start, room((int(start[-1]),), np.int32), room((int(start[-1]),), np.float32))
+    fill.edges(near, cosine, kind, start[:-1].copy(), graph.other, graph.cosine)
+    return graph
+
+
+@dataclass(frozen=True, eq=False)
+class _Compiled:
+    kinds: Any
+    count: Any
+    edges: Any
+
+
+OWN, ONE_WAY = 1, 2  # a neighbour that has the row among its own too; one that has not
+
+
+@lru_cache(maxsize=1)
+def _made() -> _Compiled:
+    import numba
+
+    @numba.njit(parallel=True, nogil=True, cache=True)
+    def kinds(near: Any, cosine: Any, above: float, kind: Any, degree: Any) -> None:  # pragma: no cover - compiled
+        for i in numba.prange(len(near)):
+            degree[i] = 0
+            for p in range(near.shape[1]):
+                j, kind[i, p] = near[i, p], 0
+                if j >= 0 and cosine[i, p] > above:
+                    kind[i, p], degree[i] = ONE_WAY, degree[i] + 1
+                    for q in range(near.shape[1]):
+                        if near[j, q] == i and cosine[j, q] > above:
+                            kind[i, p] = OWN
+                            break
+
+    @numba.njit(nogil=True, cache=True)
+    def count(near: Any, kind: Any, degree: Any) -> None:  # pragma: no cover - compiled
+        for i in range(len(near)):
+            for p in range(near.shape[1]):
+                if kind[i, p] == ONE_WAY:
+                    degree[near[i, p]] += 1
+
+    @numba.njit(nogil=True, cache=True)
+    def edges(near: Any, cosine: Any, kind: Any, at: Any, other: Any, value: Any) -> None:  # pragma: no cover - compiled
+        for i in range(len(near)):
+            for p in range(near.shape[1]):
+                if kind[i, p] > 0:
+                    other[at[i]], value[at[i]] = near[i, p], min(cosine[i, p], 1)
+                    at[i] += 1
+        for i in range(len(near)):
+            for p in range(near.shape[1]):
+                if kind[i, p] == ONE_WAY:
+                    j = near[i, p]
+                    other[at[j]], value[at[j]] = i, min(cosine[i, p], 1)
+                    at[j] += 1
+
+    return _Compiled(kinds, count, edges)
