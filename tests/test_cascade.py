@@ -68,8 +68,8 @@ def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds):
     p = rng.random((n, n)) * (rng.random((n, n)) < 0.2)
     into, source = csr_array(p).tocsc(), keyed(n, seed)
     draws = (source.uniform("cascade") * 2.0**52).astype(np.uint64)
-    indices = into.indices.astype(np.int32)
-    cover = cascade._Cover((into.indptr.astype(np.int64), indices, into.data, source.keys, draws), n * rounds)
+    start, ends = into.indptr.astype(np.int64), into.indices.astype(np.int32)
+    cover = cascade._Cover((start, ends, source.keys[ends], into.data, source.keys, draws), n * rounds)
     holding = [cover.holding[a:b].tolist() for a, b in itertools.pairwise(cover.start)]
     sets = [{row for row in range(n) if i in holding[row]} for i in range(n * rounds)]
     assert len(cover.holding) == sum(map(len, sets)) == cover.new.sum()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from llmselect.errors import LlmselectError, UsageError
+from llmselect.kernels.sparse import gathered
 from llmselect.selectors.mig import Mig
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -102,8 +103,8 @@ def test_a_similarity_of_exactly_tau_is_not_above_it(rows):
         tags = np.zeros((2 * rows, 2))
         tags[:rows, 0] = tags[rows - shared : 2 * rows - shared, 1] = 1
         tau = shared / rows  # the cosine of the two
-        assert not Mig(tau=tau)._spread(csr_array(tags))[0, 1]
-        assert Mig(tau=tau - 1e-3)._spread(csr_array(tags))[0, 1] > 0
+        assert not Mig(tau=tau)._spread(gathered(tags))[0, 1]
+        assert Mig(tau=tau - 1e-3)._spread(gathered(tags))[0, 1] > 0
 
 
 def test_mistakes_are_named():

@@ -32,20 +32,21 @@ def _mix(x: Any) -> Any:  # pragma: no cover - compiled
 def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no cover - compiled
     """How many rows the set holds: `members[:…]`; set r·n + i has root i. Whether an edge carries depends on (draw of the root
     and the round, keys of the edge's ends) alone, so it does not depend on the order of rows, and a set can be made again."""
-    in_ptr, in_from, chance, keys, draws = graph
+    in_ptr, in_from, in_key, chance, keys, draws = graph
     n = len(keys)
     draw = _mix(draws[which % n] + np.uint64(which // n) * np.uint64(0x9E3779B97F4A7C15))
     last[n] += 1  # of this walk
     members[0], last[which % n], count, at = which % n, last[n], 1, 0
     while at < count:
         u = members[at]
-        at += 1
+        at, mixed = at + 1, _mix(draw ^ keys[u])
         for e in range(in_ptr[u], in_ptr[u + 1]):
-            v = in_from[e]
-            bits = _mix(_mix(draw ^ keys[u]) + keys[v])
-            if last[v] != last[n] and (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52 < chance[e]:
-                members[count], last[v] = v, last[n]
-                count += 1
+            bits = _mix(mixed + in_key[e])
+            if (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52 < chance[e]:
+                v = in_from[e]
+                if last[v] != last[n]:
+                    members[count], last[v] = v, last[n]
+                    count += 1
     return count
 
 
@@ -115,6 +116,6 @@ def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.
         raise LlmselectError("graph: its values must be probabilities, from 0 to 1")
     keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
     ends, chance = into.indices.astype(np.int32, copy=False), into.data.astype(np.float64, copy=False)
-    edges = into.indptr.astype(np.int64), ends, chance, keys, draws
+    edges = into.indptr.astype(np.int64), ends, keys[ends], chance, keys, draws
     found = maximize(_Cover(edges, len(keys) * rounds), min(k, len(keys)), rng)
     return found.order, found.gains / rounds

@@ -87,11 +87,13 @@ class Queue:
             self.next = list(zip((-self.bound[part]).tolist(), self.keys[part].tolist(), part.tolist(), strict=True))
 
     def first(self) -> Entry | None:
+        """The entry that `pop` would give, or None when there is none."""
         if not self.next or (self.back and self.back[0] < self.next[-1]):
             return self.back[0] if self.back else None
         return self.next[-1]
 
     def pop(self) -> Entry:
+        """The entry of largest bound; it goes."""
         if not self.next or (self.back and self.back[0] < self.next[-1]):
             return heapq.heappop(self.back)
         entry = self.next.pop()
@@ -99,6 +101,7 @@ class Queue:
         return entry
 
     def push(self, entry: Entry) -> None:
+        """A row that is still there is then there twice."""
         heapq.heappush(self.back, entry)
 
 
@@ -106,16 +109,22 @@ def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
     bound = _rounded(objective.bounds())
     queue, left, looked = Queue(bound, keys, np.arange(len(bound))), np.ones(len(bound), bool), 0
     fresh = np.full(len(bound), -1, np.int64)
-    order, gains, evaluations = list[int](), list[float](), 0
+    order, gains, evaluations, refreshed = list[int](), list[float](), 0, 0
     while len(order) < k:
         size = 16
         while (first := queue.first()) and fresh[first[2]] != len(order):
+            if looked * REFRESH > len(bound) and refreshed < len(order) and isinstance(objective, Refreshing):
+                bound = np.minimum(bound, _rounded(objective.refresh()))  # the gain itself where it is fresh
+                queue = Queue(bound, keys, np.flatnonzero(left))
+                evaluations, looked, refreshed = evaluations + looked, 0, len(order)
+                continue
             batch: list[Entry] = []
             while len(batch) < size and (first := queue.first()) and fresh[first[2]] != len(order):
                 batch.append(queue.pop())
             rows = np.array([row for _, _, row in batch], np.int64)
             fresh[rows], looked = len(order), looked + len(rows)
-            for value, (_, key, row) in zip((-_rounded(objective.gains(rows))).tolist(), batch, strict=True):
+            bound[rows] = _rounded(objective.gains(rows))
+            for value, (_, key, row) in zip((-bound[rows]).tolist(), batch, strict=True):
                 queue.push((value, key, row))
             size = min(BATCH, 2 * size)
         value, _, row = queue.pop()
@@ -123,9 +132,6 @@ def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
         order.append(row)
         gains.append(-value)
         left[row] = False
-        if looked * REFRESH > len(bound) and isinstance(objective, Refreshing):
-            queue = Queue(_rounded(objective.refresh()), keys, np.flatnonzero(left))
-            evaluations, looked = evaluations + looked, 0
     return Greedy(np.array(order, np.int64), np.array(gains), evaluations + looked)
 
 

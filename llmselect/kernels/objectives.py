@@ -10,6 +10,7 @@ import numpy as np
 from llmselect.kernels.graph import undirected
 from llmselect.kernels.rows import Held, Rows
 
+ROUGH = 1024  # rows on each side of a product in float32, 4 MB
 ROUNDING = 4e-6  # of a product of a unit row in float32, with room
 
 
@@ -65,6 +66,14 @@ class GraphCut:
     def bounds(self) -> np.ndarray:
         return self.total - self.penalty
 
+    def refresh(self) -> np.ndarray:
+        """In float32; what its rounding may take away is added."""
+        bound, narrow = np.empty(len(self.total)), self.sum.astype(np.float32)
+        slack = ROUNDING * float(np.linalg.norm(self.sum)) - self.count - 1
+        for start, rows in self.held.x.rough_blocks():
+            bound[start : start + len(rows)] = slack - (rows @ narrow).astype(np.float64)
+        return self.total + self.penalty * bound
+
     def gains(self, rows: np.ndarray) -> np.ndarray:
         inside = (self.count + self.held.gather(rows) @ self.sum) / 2
         return self.total[rows] - self.penalty * (2 * inside + 1)
@@ -110,8 +119,6 @@ class LogDet:
         fall[np.arange(since, self.count) < seen[near, None]] = 0  # counted when the row was looked at before
         self.form[rows[near]] -= fall.sum(1)
         self.seen[rows] = self.count
-        if self.refreshed == self.count:
-            self.above[rows] = self.form[rows]
         return np.log1p(self.scale * np.maximum(self.form[rows], 0))
 
     def add(self, row: int) -> None:
@@ -125,23 +132,34 @@ class LogDet:
 class Spread:
     """k-center: the gain of a row is its squared distance 2 - 2 cos to the nearest row taken (Gonzalez 1985).
 
-    A row's distance is brought up to date only when it is looked at, against the rows taken since then. The first row is
-    the one nearest to the mean of the pool.
+    A row's distance is brought up to date only when it is looked at, against the rows taken since then; `refresh` does so for
+    all rows that may be looked at soon, in float32. The first row is the one nearest to the mean of the pool.
     """
 
     def __init__(self, x: Rows):
-        self.x, self.taken = x, np.zeros((16, x.shape[1]))
-        self.count, self.near, self.seen = 0, np.full(len(x), np.inf), np.zeros(len(x), np.int64)
+        self.x, self.taken, self.count = x, np.zeros((16, x.shape[1])), 0
+        self.near, self.seen = np.full(len(x), np.inf), np.zeros(len(x), np.int64)
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         center = whole / max(np.linalg.norm(whole), 1e-300)
-        self.first = np.concatenate([6 + rows @ center for _, rows in x.blocks()])  # above any distance
+        self.above = np.concatenate([6 + rows @ center for _, rows in x.blocks()])  # above any distance
+        self.refreshed = 0
 
     def bounds(self) -> np.ndarray:
-        return self.first
+        return self.above
+
+    def refresh(self) -> np.ndarray:
+        recent, self.refreshed = self.taken[self.refreshed : self.count].astype(np.float32), self.count
+        for start, rows in self.x.rough_blocks():
+            for at in range(0, len(rows), ROUGH):
+                above = self.above[start + at : start + min(at + ROUGH, len(rows))]
+                for first in range(0, len(recent), ROUGH):
+                    best = (rows[at : at + ROUGH] @ recent[first : first + ROUGH].T).max(1)
+                    np.minimum(above, 2 - 2 * best.astype(np.float64) + 2 * ROUNDING, out=above)
+        return self.above
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         if not self.count:
-            return self.first[rows]
+            return self.above[rows]
         since = int(self.seen[rows].min())
         # In float32 first: the distance of equal rows is then 0, not what is left of rounding.
         cosine = (self.x.gather(rows) @ self.taken[since : self.count].T).astype(np.float32)

@@ -7,7 +7,8 @@ Objective: v_ij = s_i·x_ij of quality s and tags x; W_jl the similarity of two 
     the largest linearised gain Σ_l φ'(Z_l) (vP)_il at each step.
 Inputs: `x [n, tags]` ≥ 0, sparse or dense, 1 for each tag of a row (or how far it belongs to a cluster or latent);
     `quality [n]`. Without tags: SAE latents, or soft clusters, `llmselect.clustering.memberships`.
-Cost: one reading of the non-zeros, which are held (20 bytes each); lazy greedy, tens of gains per pick instead of n.
+Cost: two readings of the non-zeros, which are held (8 bytes each, on disk above a gigabyte); lazy greedy, tens of gains
+    per pick instead of n.
 Deviations: the similarity of two tags is the cosine of their columns in the pool, not of embeddings of their names
     (memory: the pairs of tags that occur together; `tau: null` leaves tags apart). Negative qualities are shifted so
     that the smallest is 0.
@@ -24,11 +25,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmselect.arrays import Csr
 from llmselect.errors import UsageError
 from llmselect.kernels.concave import Concave
 from llmselect.kernels.greedy import maximize
-from llmselect.kernels.jaccard import sparse_blocks
 from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.sparse import gathered, gram
 from llmselect.kernels.topk import topk_stable
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
@@ -54,27 +56,23 @@ class Mig(Selector):
             raise UsageError(f"alpha: {self.alpha} must be 0 or more, and power: {self.power} above 0 and at most 1")
 
     def pick(self, k: int, rng: Keyed, *, x: Any, quality: Any) -> Picked:
-        import scipy.sparse
-
-        sparse: Any = scipy.sparse
         worth = np.asarray(quality, np.float64)
         topk_stable(worth, 0, rng.keys)  # a row without a finite quality is named
         worth = worth - min(0.0, worth.min())
-        tags = sparse.vstack([rows.scipy() for _, rows in sparse_blocks(x)], format="csr")
-        found = maximize(Concave(sparse.csr_array(sparse.diags_array(worth) @ tags), self._spread(tags), self.power), k, rng)
+        tags = gathered(x)
+        found = maximize(Concave(tags, worth, self._spread(tags), self.power), k, rng)
         report = {"evaluations": found.evaluations}
         return Picked(found.order, evidence={"gain": found.gains}, report=report)
 
-    def _spread(self, tags: Any) -> Any:
+    def _spread(self, tags: Csr) -> Any:
         """P, `[tags, tags]`."""
         import scipy.sparse
 
         sparse: Any = scipy.sparse
-        one = sparse.csr_array(sparse.eye_array(tags.shape[1]))
+        one = sparse.csr_array(sparse.eye_array(tags.width))
         if self.tau is None:
             return one
-        tags = tags.astype(np.float64)
-        shared = sparse.csr_array(tags.T @ tags)
+        shared = gram(tags)
         square = shared.diagonal()
         scale = sparse.diags_array(1 / np.sqrt(np.where(square > 0, square, 1)))
         similar = sparse.csr_array(scale @ shared @ scale)
