@@ -80,6 +80,7 @@ DEFECTS = (
     Defect("a fall counted again", K + "objectives.py", "< seen[near, None]", "< 0", "diversity"),
     Defect("falls that bounds know taken again", K + "objectives.py", "self.taken[self.refreshed : self.count]",
            "self.taken[: self.count]", "refresh"),
+    Defect("half precision with the bias of another", K + "half.py", "np.float32(2.0**112)", "np.float32(2.0**111)", "refresh"),
     Defect("a bound of the row before", K + "objectives.py", "best.astype(np.float64) + 2 * ROUNDING",
            "np.roll(best, 1).astype(np.float64) + 2 * ROUNDING", "refresh"),
     Defect("a bound without what is taken", K + "objectives.py", "slack - (rows @ narrow)", "slack + (rows @ narrow)", "refresh"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llmselect.kernels import objectives
 from llmselect.kernels.greedy import maximize
+from llmselect.kernels.half import narrow
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.rows import Rows
 
@@ -46,6 +47,8 @@ def test_rows_in_float32_are_the_rows():
         for rows in (Rows(x), Rows(x.astype(np.float32)), Rows(x, normalize=False), Rows(x, dim=2)):
             for start, part in rows.rough_blocks(7):
                 np.testing.assert_allclose(part, rows[start : start + 7], rtol=1e-5, atol=1e-6)
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
+    assert np.array_equal(narrow(every, np.empty(every.shape, np.float32)), every.astype(np.float32), equal_nan=True)
     half = Rows(np.random.default_rng(0).standard_normal((1100, 1000)).astype(np.float16))
     for start, part in half.rough_blocks():
         np.testing.assert_allclose(part, half[start : start + len(part)], atol=1e-6)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from llmselect.kernels.half import narrow
 from llmselect.kernels.kmeans import ENOUGH, centroids_of, faiss
 from llmselect.kernels.room import room
 from llmselect.kernels.rows import Rows
@@ -100,10 +101,14 @@ class _Lists:
         most = max(64, min(2048, NUMBERS // self.vectors.shape[1]))  # on each side, 16 MB of cosines
         for begin in range(self.start[one], self.start[one + 1], most):
             others = np.arange(begin, min(begin + most, self.start[one + 1]))
-            block = self.vectors[begin : begin + len(others)].astype(np.float32)
+            block = self._vectors(slice(begin, begin + len(others)))
             for at in range(0, len(asking), most):
                 rows = asking[at : at + most]
-                best.add_result_subset(rows, self.vectors[first + rows].astype(np.float32) @ block.T, others)
+                best.add_result_subset(rows, self._vectors(first + rows) @ block.T, others)
+
+    def _vectors(self, rows: Any) -> np.ndarray:
+        found = self.vectors[rows]
+        return narrow(found, np.empty(found.shape, np.float32))
 
 
 def _lists(x: Rows, lists: int) -> _Lists:

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmselect.errors import LlmselectError
 from llmselect.kernels.cosine import unit
+from llmselect.kernels.half import narrow
 from llmselect.kernels.sketch import generator, random_signs
 
 BLOCK = 8192
@@ -72,7 +73,7 @@ class Rows:
         for start in range(0, len(self), size):
             rows, square = room[: min(size, len(self) - start)], np.zeros(1)
             if self.normalize and not self.folded:
-                _narrow(np.asarray(self.x[start : start + len(rows)]), rows)
+                narrow(np.asarray(self.x[start : start + len(rows)]), rows)
                 square = np.einsum("ij,ij->i", rows, rows)[:, None]
             if ((square > 1e-20) & (square < 1e30)).all():
                 rows /= np.sqrt(square)
@@ -88,16 +89,6 @@ class Rows:
             part = order[start : start + BLOCK]
             out[part] = self[np.asarray(rows, np.int64)[part]]
         return out
-
-
-def _narrow(part: np.ndarray, out: np.ndarray) -> None:
-    """`part` in float32. From half precision NumPy takes ten times as long as torch, whose import takes seconds."""
-    if out.size < 1 << 20 or part.dtype != np.float16:
-        out[:] = part
-        return
-    import torch
-
-    torch.as_tensor(out).copy_(torch.as_tensor(np.require(part, requirements=["C", "W"])))
 
 
 class Held:
