@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,24 +63,26 @@ def test_gains_add_up_to_the_exact_spread_and_the_seeds_are_nearly_the_best(seed
 
 
 @settings(max_examples=60)
-@given(seed=SEEDS, n=st.integers(1, 25), rounds=st.integers(1, 4))
-def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds):
+@given(seed=SEEDS, n=st.integers(1, 25), rounds=st.integers(1, 4), together=st.sampled_from([1, 30, 1 << 20]))
+def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds, together):
     rng = np.random.default_rng(seed)
     p = rng.random((n, n)) * (rng.random((n, n)) < 0.2)
     into, source = csr_array(p).tocsc(), keyed(n, seed)
     draws = (source.uniform("cascade") * 2.0**52).astype(np.uint64)
     start, ends = into.indptr.astype(np.int64), into.indices.astype(np.int32)
-    cover = cascade._Cover((start, ends, source.keys[ends], into.data, source.keys, draws), n * rounds)
-    holding = [cover.holding[a:b].tolist() for a, b in itertools.pairwise(cover.start)]
+    with mock.patch.object(cascade, "TOGETHER", together):
+        cover = cascade._Cover((start, ends, source.keys[ends], into.data, source.keys, draws), n * rounds)
+        order, gains = cascade_seeds(csr_array(p), n, source, rounds)
+    holding = [[i for start, found in cover.parts for i in found[start[row] : start[row + 1]].tolist()] for row in range(n)]
     sets = [{row for row in range(n) if i in holding[row]} for i in range(n * rounds)]
-    assert len(cover.holding) == sum(map(len, sets)) == cover.new.sum()
+    assert sum(map(len, holding)) == sum(map(len, sets)) == cover.new.sum()
+    assert len(cover.parts) == n * rounds if together == 1 else (len(cover.parts) > 1) == (cover.new.sum() > together)
     assert all(i % n in one for i, one in enumerate(sets))
     taken: list[int] = []
     for _ in range(n):
         left = [one for one in sets if not one & set(taken)]
         free = [i for i in range(n) if i not in taken]
         taken.append(min(free, key=lambda i: (-sum(i in one for one in left), int(source.keys[i]))))
-    order, gains = cascade_seeds(csr_array(p), n, source, rounds)
     assert order.tolist() == taken
     assert gains.sum() == pytest.approx(n)
     assert cascade_seeds(csr_array(p), n // 2 + 1, source, rounds)[0].tolist() == taken[: n // 2 + 1]

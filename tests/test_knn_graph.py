@@ -76,5 +76,6 @@ def test_graphs_in_files_are_those_from_memory(monkeypatch):
     cosine = rng.uniform(-1, 1, near.shape).astype(np.float32)
     held = undirected(near, cosine)
     monkeypatch.setattr("llmselect.kernels.room.HELD", 1)
+    monkeypatch.setattr("llmselect.kernels.graph.TOGETHER", 50)
     filed = undirected(near, cosine)
     assert all(np.array_equal(getattr(held, one), getattr(filed, one)) for one in ("start", "other", "cosine"))

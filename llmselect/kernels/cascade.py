@@ -19,6 +19,7 @@ from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.room import room
 
+TOGETHER = 1 << 27  # places of a part, 512 MB; the parts lie in files where there are several
 
 @njit(nogil=True, cache=True)
 def _mix(x: Any) -> Any:  # pragma: no cover - compiled
@@ -51,15 +52,22 @@ def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no
 
 
 @njit(nogil=True, cache=True)
-def _count(sets: int, graph: Any, members: Any, last: Any, new: Any) -> None:  # pragma: no cover - compiled
-    for which in range(sets):
-        for at in range(_walk(which, graph, members, last)):
-            new[members[at]] += 1
+def _count(first: int, sets: int, most: int, graph: Any, members: Any, last: Any, held: Any) -> int:  # pragma: no cover
+    """By how many sets each row is held, from `first` on until that is `most` in all; the set after the last of them."""
+    total = 0
+    for which in range(first, sets):
+        count = _walk(which, graph, members, last)
+        if total and total + count > most:
+            return which
+        total += count
+        for at in range(count):
+            held[members[at]] += 1
+    return sets
 
 
 @njit(nogil=True, cache=True)
-def _fill(sets: int, graph: Any, members: Any, last: Any, place: Any, holding: Any) -> None:  # pragma: no cover - compiled
-    for which in range(sets):
+def _fill(first: int, end: int, graph: Any, members: Any, last: Any, place: Any, holding: Any) -> None:  # pragma: no cover
+    for which in range(first, end):
         for at in range(_walk(which, graph, members, last)):
             holding[place[members[at]]] = which
             place[members[at]] += 1
@@ -77,18 +85,31 @@ def _reach(holding: Any, graph: Any, members: Any, last: Any, held: Any, new: An
 class _Cover:
     """f(S) = the number of sets that hold a row of S, an objective of `kernels.greedy`.
 
-    The sets that hold row i are `holding[start[i] : start[i + 1]]`. The rows of a set are not kept: it is made three times, to
-    count, to fill `holding`, and when a row of it is taken.
+    In each of `parts`, of the sets one after another, those that hold row i are `holding[start[i] : start[i + 1]]`. The rows of
+    a set are not kept: it is made three times, to count, to fill `holding`, and when a row of it is taken.
     """
 
     def __init__(self, graph: tuple[np.ndarray, ...], sets: int):
         n = len(graph[0]) - 1
         self.graph, self.members, self.last = graph, np.empty(n, np.int32), np.zeros(n + 1, np.int64)
-        self.held, self.new = np.zeros(sets, bool), np.zeros(n, np.int64)
-        _count(sets, graph, self.members, self.last, self.new)
-        self.start = np.concatenate([[0], np.cumsum(self.new)])
-        self.holding = room((int(self.start[-1]),), np.int32 if sets < 1 << 31 else np.int64)
-        _fill(sets, graph, self.members, self.last, self.start[:-1].copy(), self.holding)
+        self.held, self.new, self.parts = np.zeros(sets, bool), np.zeros(n, np.int64), list[tuple[np.ndarray, np.ndarray]]()
+        end = 0
+        while end < sets:
+            end = self._part(end, sets)
+
+    def _part(self, first: int, sets: int) -> int:
+        count = np.zeros(len(self.new), np.int64)
+        end = _count(first, sets, TOGETHER, self.graph, self.members, self.last, count)
+        start = np.concatenate([[0], np.cumsum(count)])
+        filled = np.empty(start[-1], np.int32 if sets < 1 << 31 else np.int64)
+        _fill(first, end, self.graph, self.members, self.last, start[:-1].copy(), filled)
+        if end < sets or first:
+            holding = room(filled.shape, filled.dtype, 0)
+            holding[:] = filled
+            filled = holding
+        self.new += count
+        self.parts.append((start.astype(np.int32 if start[-1] < 1 << 31 else np.int64), filled))
+        return end
 
     def bounds(self) -> np.ndarray:
         return self.new
@@ -97,8 +118,8 @@ class _Cover:
         return self.new[rows]
 
     def add(self, row: int) -> None:
-        at = slice(self.start[row], self.start[row + 1])
-        _reach(self.holding[at], self.graph, self.members, self.last, self.held, self.new)
+        for start, holding in self.parts:
+            _reach(holding[start[row] : start[row + 1]], self.graph, self.members, self.last, self.held, self.new)
 
 
 def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:

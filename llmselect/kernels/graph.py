@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from llmselect.kernels.room import room
 
+TOGETHER = 1 << 26  # edges filled at once, 512 MB
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -38,7 +40,12 @@ def undirected(near: np.ndarray, cosine: np.ndarray, above: float = -np.inf) -> 
     fill.count(near, kind, degree)
     start = np.concatenate([[0], np.cumsum(degree)])
     graph = Graph(start, room((int(start[-1]),), np.int32), room((int(start[-1]),), np.float32))
-    fill.edges(near, cosine, kind, start[:-1].copy(), graph.other, graph.cosine)
+    ends: np.ndarray = np.unique(np.searchsorted(start, np.arange(0, int(start[-1]), TOGETHER)))
+    for first, last in pairwise([*ends.tolist(), len(near)]):
+        here = slice(start[first], start[last])
+        other, value = np.empty(start[last] - start[first], np.int32), np.empty(start[last] - start[first], np.float32)
+        fill.edges(near, cosine, kind, first, start[first:last] - start[first], other, value)
+        graph.other[here], graph.cosine[here] = other, value
     return graph
 
 
@@ -77,16 +84,17 @@ def _made() -> _Compiled:
                     degree[near[i, p]] += 1
 
     @numba.njit(nogil=True, cache=True)
-    def edges(near: Any, cosine: Any, kind: Any, at: Any, other: Any, value: Any) -> None:  # pragma: no cover - compiled
-        for i in range(len(near)):
+    def edges(near: Any, cosine: Any, kind: Any, first: int, at: Any, other: Any, value: Any) -> None:  # pragma: no cover
+        """Those of rows `first` to `first + len(at)`, from all rows."""
+        for i in range(first, first + len(at)):
             for p in range(near.shape[1]):
                 if kind[i, p] > 0:
-                    other[at[i]], value[at[i]] = near[i, p], min(cosine[i, p], 1)
-                    at[i] += 1
+                    other[at[i - first]], value[at[i - first]] = near[i, p], min(cosine[i, p], 1)
+                    at[i - first] += 1
         for i in range(len(near)):
             for p in range(near.shape[1]):
-                if kind[i, p] == ONE_WAY:
-                    j = near[i, p]
+                j = near[i, p] - first
+                if kind[i, p] == ONE_WAY and 0 <= j < len(at):
                     other[at[j]], value[at[j]] = i, min(cosine[i, p], 1)
                     at[j] += 1
 

@@ -16,11 +16,12 @@ from threadpoolctl import threadpool_limits
 from llmselect.kernels.half import narrow
 from llmselect.kernels.kmeans import ENOUGH, centroids_of, faiss
 from llmselect.kernels.room import room
-from llmselect.kernels.rows import Rows
+from llmselect.kernels.rows import BLOCK, Rows
 
 EXACT = 50_000
 NUMBERS = 1 << 23  # of rows multiplied with others, 32 MB in float32
 LISTS, READ, ITERATIONS = 4, 36, 6  # lists for each √n, those read for a row, and rounds of k-means that make them
+VECTORS = 1 << 28  # numbers of vectors put in the order of their lists at once, 512 MB
 THREADS = 16  # at most: each holds about 150 MB
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows [b]; cosines [b, count] and rows [b, count] of the nearest, best first
@@ -49,12 +50,22 @@ def neighbours(x: Rows, k: int, exact_below: int = EXACT) -> tuple[np.ndarray, n
         return near, cosine
     small = n <= exact_below and n * x.shape[1] < 1 << 26
     found = _flat(x, k + 1) if small else _lists(x, 1 if n <= exact_below else int(LISTS * np.sqrt(n))).search(k + 1)
+    order, at = np.empty(n, np.int64), 0
     for rows, values, others in found:
+        here, at = slice(at, at + len(rows)), at + len(rows)
         own = others == rows[:, None]
         own[~own.any(1), -1] = True  # among equal rows the row itself may be missing: the last one goes then
-        near[rows] = others[~own].reshape(len(rows), k)
-        cosine[rows] = np.where(others < 0, 0, values)[~own].reshape(len(rows), k)
-    return near, cosine
+        order[here], near[here] = rows, others[~own].reshape(len(rows), k)
+        cosine[here] = np.where(others < 0, 0, values)[~own].reshape(len(rows), k)
+    return (near, cosine) if small else (_taken(near, np.argsort(order)), _taken(cosine, np.argsort(order)))
+
+
+def _taken(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`found[rows]`."""
+    out = room(found.shape, found.dtype)
+    for first in range(0, len(out), BLOCK):
+        out[first : first + BLOCK] = found[rows[first : first + BLOCK]]
+    return out
 
 
 def _flat(x: Rows, count: int) -> Iterator[Found]:
@@ -114,14 +125,12 @@ class _Lists:
 def _lists(x: Rows, lists: int) -> _Lists:
     """The rows of `x` in `lists` lists."""
     nearest = _nearest_lists(x, lists) if lists > 1 else np.zeros((len(x), 1), np.int32)
-    order, place = np.argsort(nearest[:, 0], kind="stable"), np.empty(len(x), np.int64)
-    place[order] = np.arange(len(x))
-    vectors, read = room(x.shape, np.float16), room(nearest.shape, np.int32)
-    for first, rows in x.blocks():
-        here = place[first : first + len(rows)]
-        vectors[here], read[here] = rows, nearest[first : first + len(rows)]
+    order, vectors = np.argsort(nearest[:, 0], kind="stable"), room(x.shape, np.float16)
+    together = max(BLOCK, VECTORS // x.shape[1])
+    for first in range(0, len(x), together):
+        vectors[first : first + together] = x.gather(order[first : first + together], np.float16)
     start = np.cumsum(np.bincount(nearest[:, 0], minlength=lists))
-    return _Lists(order, vectors, read, [0, *start.tolist()])
+    return _Lists(order, vectors, _taken(nearest, order), [0, *start.tolist()])
 
 
 def _nearest_lists(x: Rows, lists: int) -> np.ndarray:
