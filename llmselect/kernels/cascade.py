@@ -33,7 +33,7 @@ def _mix(x: Any) -> Any:  # pragma: no cover - compiled
 def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no cover - compiled
     """How many rows the set holds: `members[:…]`; set r·n + i has root i. Whether an edge carries depends on (draw of the root
     and the round, keys of the edge's ends) alone, so it does not depend on the order of rows, and a set can be made again."""
-    in_ptr, in_from, in_key, chance, keys, draws = graph
+    in_ptr, in_from, in_key, below, keys, draws = graph
     n = len(keys)
     draw = _mix(draws[which % n] + np.uint64(which // n) * np.uint64(0x9E3779B97F4A7C15))
     last[n] += 1  # of this walk
@@ -42,8 +42,7 @@ def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no
         u = members[at]
         at, mixed = at + 1, _mix(draw ^ keys[u])
         for e in range(in_ptr[u], in_ptr[u + 1]):
-            bits = _mix(mixed + in_key[e])
-            if (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52 < chance[e]:
+            if _mix(mixed + in_key[e]) >> np.uint64(12) < below[e]:  # of 2^52
                 v = in_from[e]
                 if last[v] != last[n]:
                     members[count], last[v] = v, last[n]
@@ -52,25 +51,26 @@ def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no
 
 
 @njit(nogil=True, cache=True)
-def _count(first: int, sets: int, most: int, graph: Any, members: Any, last: Any, held: Any) -> int:  # pragma: no cover
-    """By how many sets each row is held, from `first` on until that is `most` in all; the set after the last of them."""
+def _sample(first: int, sets: int, most: int, graph: Any, last: Any, found: Any) -> Any:  # pragma: no cover - compiled
+    """Rows of sets from `first` on, one set after another, until there are `most`: the number of rows and the next set. The first
+    row i of a set, its root, is written as -1 - i."""
     total = 0
     for which in range(first, sets):
-        count = _walk(which, graph, members, last)
-        if total and total + count > most:
-            return which
-        total += count
-        for at in range(count):
-            held[members[at]] += 1
-    return sets
+        if total >= most:
+            return total, which
+        count = _walk(which, graph, found[total:], last)
+        found[total], total = -1 - found[total], total + count
+    return total, sets
 
 
 @njit(nogil=True, cache=True)
-def _fill(first: int, end: int, graph: Any, members: Any, last: Any, place: Any, holding: Any) -> None:  # pragma: no cover
-    for which in range(first, end):
-        for at in range(_walk(which, graph, members, last)):
-            holding[place[members[at]]] = which
-            place[members[at]] += 1
+def _fill(found: Any, first: int, place: Any, holding: Any) -> None:  # pragma: no cover - compiled
+    which = first - 1
+    for row in found:
+        if row < 0:
+            row, which = -1 - row, which + 1
+        holding[place[row]] = which
+        place[row] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -86,7 +86,7 @@ class _Cover:
     """f(S) = the number of sets that hold a row of S, an objective of `kernels.greedy`.
 
     In each of `parts`, of the sets one after another, those that hold row i are `holding[start[i] : start[i + 1]]`. The rows of
-    a set are not kept: it is made three times, to count, to fill `holding`, and when a row of it is taken.
+    a set are not kept: it is made again when a row of it is taken.
     """
 
     def __init__(self, graph: tuple[np.ndarray, ...], sets: int):
@@ -98,17 +98,19 @@ class _Cover:
             end = self._part(end, sets)
 
     def _part(self, first: int, sets: int) -> int:
-        count = np.zeros(len(self.new), np.int64)
-        end = _count(first, sets, TOGETHER, self.graph, self.members, self.last, count)
+        found = np.empty(TOGETHER + len(self.new), np.int32)
+        total, end = _sample(first, sets, TOGETHER, self.graph, self.last, found)
+        found = found[:total]
+        count = np.bincount(np.where(found < 0, -1 - found, found), minlength=len(self.new))
         start = np.concatenate([[0], np.cumsum(count)])
-        filled = np.empty(start[-1], np.int32 if sets < 1 << 31 else np.int64)
-        _fill(first, end, self.graph, self.members, self.last, start[:-1].copy(), filled)
+        filled = np.empty(total, np.int32 if sets < 1 << 31 else np.int64)
+        _fill(found, first, start[:-1].copy(), filled)
         if end < sets or first:
             holding = room(filled.shape, filled.dtype, 0)
             holding[:] = filled
             filled = holding
         self.new += count
-        self.parts.append((start.astype(np.int32 if start[-1] < 1 << 31 else np.int64), filled))
+        self.parts.append((start.astype(np.int32 if total < 1 << 31 else np.int64), filled))
         return end
 
     def bounds(self) -> np.ndarray:
@@ -129,14 +131,16 @@ def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.
         graph: `scipy.sparse [n, n]`, p_vu in row v, column u, each in [0, 1].
         rounds: sets sampled per root; every row is a root equally often, and of all rows alike.
 
-    Time: that of making the sets three times. Memory: 4 bytes for each row of each set, n · rounds · (mean number of rows that
-    reach a row) in all, in a file above a gigabyte. Errors: `LlmselectError` for numbers that are no probabilities.
+    Time: that of making the sets, those that hold a row taken twice. Memory: 4 bytes for each row of each set, n · rounds · (mean
+    number of rows that reach a row) in all, in files above half a gigabyte. Errors: `LlmselectError` for numbers that are no
+    probabilities.
     """
     into = graph.tocsc()
     if not ((into.data >= 0) & (into.data <= 1)).all():
         raise LlmselectError("graph: its values must be probabilities, from 0 to 1")
     keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
-    ends, chance = into.indices.astype(np.int32, copy=False), into.data.astype(np.float64, copy=False)
-    edges = into.indptr.astype(np.int64), ends, keys[ends], chance, keys, draws
+    ends: np.ndarray = into.indices.astype(np.int32, copy=False)
+    below = np.ceil(into.data.astype(np.float64) * 2.0**52 - 0.5).astype(np.uint64)  # an edge carries where its bits are
+    edges = into.indptr.astype(np.int64), ends, keys[ends], below, keys, draws
     found = maximize(_Cover(edges, len(keys) * rounds), min(k, len(keys)), rng)
     return found.order, found.gains / rounds
