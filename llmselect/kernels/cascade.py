@@ -21,6 +21,7 @@ from llmselect.kernels.room import room
 
 TOGETHER = 1 << 27  # places of a part, 512 MB; the parts lie in files where there are several
 
+
 @njit(nogil=True, cache=True)
 def _mix(x: Any) -> Any:  # pragma: no cover - compiled
     """The SplitMix64 finaliser, as in `kernels.keyed`."""
@@ -140,7 +141,7 @@ def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.
         raise LlmselectError("graph: its values must be probabilities, from 0 to 1")
     keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
     ends: np.ndarray = into.indices.astype(np.int32, copy=False)
-    below = np.ceil(into.data.astype(np.float64) * 2.0**52 - 0.5).astype(np.uint64)  # an edge carries where its bits are
+    below = np.ceil(into.data.astype(np.float64) * 2.0**52 - 0.5).astype(np.uint64)  # an edge carries when its bits are less
     edges = into.indptr.astype(np.int64), ends, keys[ends], below, keys, draws
     found = maximize(_Cover(edges, len(keys) * rounds), min(k, len(keys)), rng)
     return found.order, found.gains / rounds

@@ -13,6 +13,7 @@ from llmselect.kernels.room import room
 
 TOGETHER = 1 << 26  # edges filled at once, 512 MB
 
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """The neighbours of row i are `other[start[i] : start[i + 1]]` (int32), their cosines `cosine[…]` (float32, at most 1).

@@ -57,7 +57,8 @@ def neighbours(x: Rows, k: int, exact_below: int = EXACT) -> tuple[np.ndarray, n
         own[~own.any(1), -1] = True  # among equal rows the row itself may be missing: the last one goes then
         order[here], near[here] = rows, others[~own].reshape(len(rows), k)
         cosine[here] = np.where(others < 0, 0, values)[~own].reshape(len(rows), k)
-    return (near, cosine) if small else (_taken(near, np.argsort(order)), _taken(cosine, np.argsort(order)))
+    place = np.argsort(order)
+    return (near, cosine) if small else (_taken(near, place), _taken(cosine, place))
 
 
 def _taken(found: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -132,8 +132,8 @@ class LogDet:
 class Spread:
     """k-center: the gain of a row is its squared distance 2 - 2 cos to the nearest row taken (Gonzalez 1985).
 
-    A row's distance is brought up to date only when it is looked at, against the rows taken since then; `refresh` does so for
-    all rows that may be looked at soon, in float32. The first row is the one nearest to the mean of the pool.
+    A row's distance is brought up to date only when it is looked at, against the rows taken since then; `refresh` lowers the
+    bounds of all rows, in float32. The first row is the one nearest to the mean of the pool.
     """
 
     def __init__(self, x: Rows):
