@@ -7,9 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,19 +58,23 @@ class Ids(Sequence[str]):
 def read_shard(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one safetensors file, read-only and all in one memory map.
 
-    Not `numpy.memmap`, which resolves its path every time: scattered rows lie in a thousand files, and are read again and again.
+    Not `numpy.memmap`, which resolves its path every time, nor a file object: scattered rows lie in thousands of files, and are
+    read again and again.
     """
-    with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
-    arrays: dict[str, np.ndarray] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, begin = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"][0]
-        arrays[name] = np.ndarray(shape, dtype, whole, 8 + size + begin)
-    return arrays
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        whole = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(file)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return {name: np.ndarray(shape, dtype, whole, start + at) for name, dtype, shape, at in _layout(whole[8:start])}
+
+
+@lru_cache(maxsize=16)
+def _layout(header: bytes) -> list[tuple[str, np.dtype, tuple[int, ...], int]]:
+    """Name, dtype, shape and first byte of each array: the same for all full shards of a dense feature."""
+    entries = ((name, entry) for name, entry in json.loads(header).items() if name != "__metadata__")
+    return [(name, np.dtype(_DTYPES[e["dtype"]]), tuple(e["shape"]), e["data_offsets"][0]) for name, e in entries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +182,7 @@ class Stored:
         shard_of = index // size
         order = np.argsort(shard_of, kind="stable")  # once, not a search per shard: scattered rows lie in all of them
         shards, start = np.unique(shard_of[order], return_index=True)
-        for shard, here in zip(shards.tolist(), np.split(order, start[1:]), strict=True):
+        for shard, here in zip(shards.tolist(), np.split(order, start[1:]) if len(order) else [], strict=True):
             yield shard, here, index[here] - shard * size
 
     def blocks(self, rows: int = 8192) -> Iterator[tuple[int, Any]]:

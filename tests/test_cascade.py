@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from llmselect.errors import LlmselectError
 from llmselect.kernels import cascade
 from llmselect.kernels.cascade import cascade_seeds
+from llmselect.kernels.graph import Into
 from llmselect.kernels.keyed import Keyed
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -47,6 +48,11 @@ def spread(graph: dict[tuple[int, int], float], seeds: list[int]) -> float:
     return total
 
 
+def edges(p: csr_array) -> Into:
+    into = csr_array(p).tocsc()
+    return Into(into.indptr.astype(np.int64), into.indices.astype(np.int32), into.data)
+
+
 def keyed(n: int, seed: int = 0) -> Keyed:
     return Keyed(seed, np.random.default_rng(5).integers(0, 2**63, n).astype(np.uint64))
 
@@ -54,7 +60,7 @@ def keyed(n: int, seed: int = 0) -> Keyed:
 @pytest.mark.parametrize("seed", range(4))
 def test_gains_add_up_to_the_exact_spread_and_the_seeds_are_nearly_the_best(seed):
     graph = small_graph(seed)
-    order, gains = cascade_seeds(matrix(graph), 6, keyed(6), rounds=40_000)
+    order, gains = cascade_seeds(edges(matrix(graph)), 6, keyed(6), rounds=40_000)
     exact = [spread(graph, order[:k].tolist()) for k in range(1, 7)]
     assert np.allclose(np.cumsum(gains), exact, atol=0.03)
     for k in (1, 2, 3):
@@ -67,13 +73,10 @@ def test_gains_add_up_to_the_exact_spread_and_the_seeds_are_nearly_the_best(seed
 def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds, together):
     rng = np.random.default_rng(seed)
     p = rng.random((n, n)) * (rng.random((n, n)) < 0.2)
-    into, source = csr_array(p).tocsc(), keyed(n, seed)
-    draws = (source.uniform("cascade") * 2.0**52).astype(np.uint64)
-    start, ends = into.indptr.astype(np.int64), into.indices.astype(np.int32)
-    below = np.ceil(into.data * 2.0**52 - 0.5).astype(np.uint64)
+    source = keyed(n, seed)
     with mock.patch.object(cascade, "TOGETHER", together):
-        cover = cascade._Cover((start, ends, source.keys[ends], below, source.keys, draws), n * rounds)
-        order, gains = cascade_seeds(csr_array(p), n, source, rounds)
+        cover = cascade._Cover(edges(p), source, n * rounds)
+        order, gains = cascade_seeds(edges(p), n, source, rounds)
     holding = [[i for start, found in cover.parts for i in found[start[row] : start[row + 1]].tolist()] for row in range(n)]
     sets = [{row for row in range(n) if i in holding[row]} for i in range(n * rounds)]
     assert sum(map(len, holding)) == sum(map(len, sets)) == cover.new.sum()
@@ -86,23 +89,23 @@ def test_the_order_is_the_full_greedy_over_the_sets(seed, n, rounds, together):
         taken.append(min(free, key=lambda i: (-sum(i in one for one in left), int(source.keys[i]))))
     assert order.tolist() == taken
     assert gains.sum() == pytest.approx(n)
-    assert cascade_seeds(csr_array(p), n // 2 + 1, source, rounds)[0].tolist() == taken[: n // 2 + 1]
+    assert cascade_seeds(edges(p), n // 2 + 1, source, rounds)[0].tolist() == taken[: n // 2 + 1]
 
 
 def test_the_order_of_rows_does_not_matter():
     rng = np.random.default_rng(1)
     p, moved, source = rng.random((50, 50)) * (rng.random((50, 50)) < 0.08), rng.permutation(50), keyed(50)
-    order, gains = cascade_seeds(csr_array(p), 20, source)
-    other, same = cascade_seeds(csr_array(p[np.ix_(moved, moved)]), 20, Keyed(0, source.keys[moved]))
+    order, gains = cascade_seeds(edges(p), 20, source)
+    other, same = cascade_seeds(edges(p[np.ix_(moved, moved)]), 20, Keyed(0, source.keys[moved]))
     assert moved[other].tolist() == order.tolist()
     assert np.array_equal(gains, same)
-    assert cascade_seeds(csr_array(p), 20, keyed(50, seed=9))[1].tolist() != gains.tolist()
+    assert cascade_seeds(edges(p), 20, keyed(50, seed=9))[1].tolist() != gains.tolist()
 
 
 def test_an_edge_carries_as_often_as_it_should_and_rounds_are_independent():
     n = 4000
     p = csr_array((np.full(n // 2, 0.3), (np.arange(0, n, 2), np.arange(1, n, 2))), shape=(n, n))
-    gains = cascade_seeds(p, n // 2, keyed(n), rounds=8)[1]  # each seed is worth 1 + (rounds that carried) / 8
+    gains = cascade_seeds(edges(p), n // 2, keyed(n), rounds=8)[1]  # each seed is worth 1 + (rounds that carried) / 8
     times = np.bincount(np.round(8 * (gains - 1)).astype(int), minlength=9) / (n // 2)
     expected = [0.0576, 0.1977, 0.2965, 0.2541, 0.1361, 0.0467, 0.0100, 0.0012, 0.0001]  # binomial (8, 0.3)
     assert np.allclose(times[1:], expected[1:], atol=0.035)
@@ -112,4 +115,4 @@ def test_an_edge_carries_as_often_as_it_should_and_rounds_are_independent():
 def test_no_probabilities_are_refused():
     for wrong in (1.5, -0.1, np.nan):
         with pytest.raises(LlmselectError, match="probabilities"):
-            cascade_seeds(csr_array(np.array([[0, wrong], [0, 0]])), 1, keyed(2))
+            cascade_seeds(edges(np.array([[0, wrong], [0, 0]])), 1, keyed(2))

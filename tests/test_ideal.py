@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from llmselect.errors import UsageError
 from llmselect.kernels.cascade import cascade_seeds
+from llmselect.kernels.graph import Into
 from llmselect.kernels.keyed import Keyed
+from llmselect.kernels.rows import Rows
 from llmselect.selectors.ideal import Ideal
 
 pytest.importorskip("faiss")
@@ -32,6 +34,16 @@ def chances(x: np.ndarray, k: int) -> np.ndarray:
     return out
 
 
+def edges(p: np.ndarray) -> Into:
+    found = csr_array(p).tocsc()
+    return Into(found.indptr.astype(np.int64), found.indices.astype(np.int32), found.data)
+
+
+def dense(edges: Into) -> np.ndarray:
+    n = len(edges.start) - 1
+    return csc_array((edges.chance, edges.source, edges.start), shape=(n, n)).toarray()
+
+
 def reached(p: np.ndarray, seeds: list[int], runs: int, seed: int = 0) -> float:
     """Mean number of rows reached in simulated cascades."""
     rng, total = np.random.default_rng(seed), 0
@@ -49,13 +61,13 @@ def reached(p: np.ndarray, seeds: list[int], runs: int, seed: int = 0) -> float:
 @pytest.mark.parametrize("k", [1, 5, 10])
 def test_the_graph_is_that_of_the_formula(k):
     x = clusters(0, 60)
-    assert np.allclose(Ideal(neighbours=k)._graph(x).toarray(), chances(x, k), atol=1e-6)
+    assert np.allclose(dense(Ideal(neighbours=k)._edges(Rows(x))), chances(x, k), atol=1e-6)
 
 
 def test_rows_that_point_apart_have_no_edges():
     x = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     made = Ideal().select(4, x=x)
-    assert Ideal()._graph(x).nnz == 0
+    assert len(Ideal()._edges(Rows(x)).source) == 0
     assert made.indices.tolist() == [0, 1, 2, 3]
     assert made.evidence["gain"].tolist() == [1, 1, 1, 1]
 
@@ -64,7 +76,7 @@ def test_rows_are_the_seeds_of_the_cascade_and_their_gains_the_rows_reached():
     x = clusters(1)
     p = chances(x, 10)
     made = Ideal(rounds=200).select(20, x=x, seed=3)
-    order, gains = cascade_seeds(csr_array(p), 20, Keyed(3, np.arange(300, dtype=np.uint64)), 200)
+    order, gains = cascade_seeds(edges(p), 20, Keyed(3, np.arange(300, dtype=np.uint64)), 200)
     assert made.indices.tolist() == order.tolist()
     assert np.allclose(made.evidence["gain"], gains)
     for k in (1, 5, 20):

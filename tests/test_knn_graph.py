@@ -1,13 +1,16 @@
-"""The undirected graph of neighbours against sets of pairs."""
+"""Graphs of neighbours, undirected and turned round, against sets of pairs."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmselect.kernels.graph import undirected
+from llmselect.kernels import graph as graphs
+from llmselect.kernels.graph import into, undirected
 from llmselect.kernels.objectives import Coverage
 
 
@@ -27,10 +30,11 @@ def found(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=200)
-@given(made=found(), above=st.sampled_from([-np.inf, 0.0, 0.5]))
-def test_rows_of_either_side_are_neighbours_once(made, above):
+@given(made=found(), above=st.sampled_from([-np.inf, 0.0, 0.5]), together=st.sampled_from([1, 7, 1 << 26]))
+def test_rows_of_either_side_are_neighbours_once(made, above, together):
     near, cosine = made
-    graph = undirected(near, cosine, above)
+    with mock.patch.object(graphs, "TOGETHER", together):
+        graph = undirected(near, cosine, above)
     pairs = {
         pair: min(float(cosine[i, p]), 1.0)
         for i in range(len(near))
@@ -50,6 +54,24 @@ def test_directions_that_rounding_tells_apart_are_one_edge():
     graph = undirected(near, np.array([[1e-9], [-1e-9], [0.5]], np.float32), above=0)
     assert [graph[i][0].tolist() for i in range(3)] == [[1], [0, 2], [1]]
     assert [graph[i][1].tolist() for i in range(3)] == [[pytest.approx(1e-9)], [pytest.approx(1e-9), 0.5], [0.5]]
+
+
+@settings(max_examples=100)
+@given(made=found(), together=st.sampled_from([1, 7, 1 << 26]))
+def test_edges_turned_round_lead_where_they_led(made, together):
+    near, chance = made[0], np.maximum(made[1], 0)
+    with mock.patch.object(graphs, "TOGETHER", together):
+        turned = into(near, chance)
+    told = [(int(v), u, c) for u in range(len(near)) for v, c in arrivals(turned, u)]
+    ways = {(v, int(near[v, p]), float(c)) for v, row in enumerate(chance) for p, c in enumerate(row) if c > 0}
+    assert len(told) == len(ways) == turned.start[-1]
+    assert set(told) == ways
+    assert all(np.all(np.diff(turned.source[a:b]) > 0) for a, b in zip(turned.start, turned.start[1:], strict=False))
+
+
+def arrivals(turned: graphs.Into, row: int) -> list[tuple[int, float]]:
+    here = slice(turned.start[row], turned.start[row + 1])
+    return list(zip(turned.source[here].tolist(), turned.chance[here].tolist(), strict=True))
 
 
 @settings(max_examples=50)

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from llmselect.errors import LlmselectError
+from llmselect.kernels.graph import Into
 from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.room import room
@@ -34,7 +35,7 @@ def _mix(x: Any) -> Any:  # pragma: no cover - compiled
 def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no cover - compiled
     """How many rows the set holds: `members[:…]`; set r·n + i has root i. Whether an edge carries depends on (draw of the root
     and the round, keys of the edge's ends) alone, so it does not depend on the order of rows, and a set can be made again."""
-    in_ptr, in_from, in_key, below, keys, draws = graph
+    (start, source, chance), source_key, keys, draws = graph
     n = len(keys)
     draw = _mix(draws[which % n] + np.uint64(which // n) * np.uint64(0x9E3779B97F4A7C15))
     last[n] += 1  # of this walk
@@ -42,9 +43,9 @@ def _walk(which: int, graph: Any, members: Any, last: Any) -> int:  # pragma: no
     while at < count:
         u = members[at]
         at, mixed = at + 1, _mix(draw ^ keys[u])
-        for e in range(in_ptr[u], in_ptr[u + 1]):
-            if _mix(mixed + in_key[e]) >> np.uint64(12) < below[e]:  # of 2^52
-                v = in_from[e]
+        for e in range(start[u], start[u + 1]):
+            if float(_mix(mixed + source_key[e]) >> np.uint64(12)) + 0.5 < float(chance[e]) * 2.0**52:
+                v = source[e]
                 if last[v] != last[n]:
                     members[count], last[v] = v, last[n]
                     count += 1
@@ -62,6 +63,12 @@ def _sample(first: int, sets: int, most: int, graph: Any, last: Any, found: Any)
         count = _walk(which, graph, found[total:], last)
         found[total], total = -1 - found[total], total + count
     return total, sets
+
+
+@njit(nogil=True, cache=True)
+def _count(found: Any, count: Any) -> None:  # pragma: no cover - compiled
+    for row in found:
+        count[row if row >= 0 else -1 - row] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -90,28 +97,28 @@ class _Cover:
     a set are not kept: it is made again when a row of it is taken.
     """
 
-    def __init__(self, graph: tuple[np.ndarray, ...], sets: int):
-        n = len(graph[0]) - 1
-        self.graph, self.members, self.last = graph, np.empty(n, np.int32), np.zeros(n + 1, np.int64)
+    def __init__(self, edges: Into, rng: Keyed, sets: int):
+        n, keys, draws = len(rng.keys), rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
+        source_key = room(edges.source.shape, np.uint64)  # in the order that they are read in
+        for first in range(0, len(source_key), TOGETHER):
+            source_key[first : first + TOGETHER] = keys[edges.source[first : first + TOGETHER]]
+        self.graph, self.members, self.last = (edges, source_key, keys, draws), np.empty(n, np.int32), np.zeros(n + 1, np.int64)
         self.held, self.new, self.parts = np.zeros(sets, bool), np.zeros(n, np.int64), list[tuple[np.ndarray, np.ndarray]]()
         end = 0
         while end < sets:
             end = self._part(end, sets)
 
     def _part(self, first: int, sets: int) -> int:
-        found = np.empty(TOGETHER + len(self.new), np.int32)
+        found, start = np.empty(TOGETHER + len(self.new), np.int32), np.zeros(len(self.new) + 1, np.int64)
         total, end = _sample(first, sets, TOGETHER, self.graph, self.last, found)
         found = found[:total]
-        count = np.bincount(np.where(found < 0, -1 - found, found), minlength=len(self.new))
-        start = np.concatenate([[0], np.cumsum(count)])
-        filled = np.empty(total, np.int32 if sets < 1 << 31 else np.int64)
-        _fill(found, first, start[:-1].copy(), filled)
-        if end < sets or first:
-            holding = room(filled.shape, filled.dtype, 0)
-            holding[:] = filled
-            filled = holding
-        self.new += count
-        self.parts.append((start.astype(np.int32 if total < 1 << 31 else np.int64), filled))
+        _count(found, start[1:])
+        self.new += start[1:]
+        np.cumsum(start, out=start)
+        holding = np.empty(total, np.int32 if sets < 1 << 31 else np.int64)
+        _fill(found, first, start[:-1].copy(), holding)
+        start = start.astype(np.int32 if total < 1 << 31 else np.int64)
+        self.parts.append((_filed(start), _filed(holding)) if end < sets or first else (start, holding))
         return end
 
     def bounds(self) -> np.ndarray:
@@ -125,23 +132,25 @@ class _Cover:
             _reach(holding[start[row] : start[row + 1]], self.graph, self.members, self.last, self.held, self.new)
 
 
-def cascade_seeds(graph: Any, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def _filed(array: np.ndarray) -> np.ndarray:
+    """A copy in a file."""
+    out = room(array.shape, array.dtype, 0)
+    out[:] = array
+    return out
+
+
+def cascade_seeds(edges: Into, k: int, rng: Keyed, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """`k` rows in greedy order of spread, and by how many rows each adds to it (estimated); ties by key.
 
     Args:
-        graph: `scipy.sparse [n, n]`, p_vu in row v, column u, each in [0, 1].
+        edges: p_vu of the edges from v into each row u, each in [0, 1].
         rounds: sets sampled per root; every row is a root equally often, and of all rows alike.
 
     Time: that of making the sets, those that hold a row taken twice. Memory: 4 bytes for each row of each set, n · rounds · (mean
     number of rows that reach a row) in all, in files above half a gigabyte. Errors: `LlmselectError` for numbers that are no
     probabilities.
     """
-    into = graph.tocsc()
-    if not ((into.data >= 0) & (into.data <= 1)).all():
-        raise LlmselectError("graph: its values must be probabilities, from 0 to 1")
-    keys, draws = rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
-    ends: np.ndarray = into.indices.astype(np.int32, copy=False)
-    below = np.ceil(into.data.astype(np.float64) * 2.0**52 - 0.5).astype(np.uint64)  # an edge carries when its bits are less
-    edges = into.indptr.astype(np.int64), ends, keys[ends], below, keys, draws
-    found = maximize(_Cover(edges, len(keys) * rounds), min(k, len(keys)), rng)
+    if not ((edges.chance >= 0) & (edges.chance <= 1)).all():
+        raise LlmselectError("edges: their chances must be probabilities, from 0 to 1")
+    found = maximize(_Cover(edges, rng, len(rng.keys) * rounds), min(k, len(rng.keys)), rng)
     return found.order, found.gains / rounds

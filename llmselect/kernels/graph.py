@@ -1,11 +1,12 @@
-"""Undirected graphs of nearest neighbours, in rooms of `kernels.room`."""
+"""Graphs of nearest neighbours, undirected or turned round, in rooms of `kernels.room`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,35 @@ class Graph:
         return self.other[at], self.cosine[at]
 
 
+class Into(NamedTuple):
+    """The edges into row u: from rows `source[start[u] : start[u + 1]]` (int32, ascending), each with its `chance`."""
+
+    start: np.ndarray
+    source: np.ndarray
+    chance: np.ndarray
+
+
+def into(near: np.ndarray, chance: np.ndarray) -> Into:
+    """The edges of each row to those near it, `[n, c]`, at the rows that they lead to; without those of no chance."""
+    degree, fill = np.zeros(len(near), np.int64), _made()
+    fill.led(near, chance, degree)
+    start = np.concatenate([[0], np.cumsum(degree)])
+    made = Into(start, room((int(start[-1]),), np.int32), room((int(start[-1]),), chance.dtype))
+    for first, last, source, value in _parts(start, chance.dtype):
+        here = slice(start[first], start[last])
+        fill.leading(near, chance, first, start[first:last] - start[first], source, value)
+        made.source[here], made.chance[here] = source, value
+    return made
+
+
+def _parts(start: np.ndarray, dtype: Any) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """`(first row, last, room for the rows at the other end, and for their values)`: in order, so that files are filled so."""
+    ends: np.ndarray = np.unique(np.searchsorted(start, np.arange(0, int(start[-1]), TOGETHER)))
+    for first, last in pairwise([*ends.tolist(), len(start) - 1]):
+        edges = int(start[last] - start[first])
+        yield first, last, np.empty(edges, np.int32), np.empty(edges, dtype)
+
+
 def undirected(near: np.ndarray, cosine: np.ndarray, above: float = -np.inf) -> Graph:
     """Rows one of which is among the nearest of the other, from `kernels.neighbours`; those with a cosine `above` alone.
 
@@ -41,10 +71,8 @@ def undirected(near: np.ndarray, cosine: np.ndarray, above: float = -np.inf) -> 
     fill.count(near, kind, degree)
     start = np.concatenate([[0], np.cumsum(degree)])
     graph = Graph(start, room((int(start[-1]),), np.int32), room((int(start[-1]),), np.float32))
-    ends: np.ndarray = np.unique(np.searchsorted(start, np.arange(0, int(start[-1]), TOGETHER)))
-    for first, last in pairwise([*ends.tolist(), len(near)]):
+    for first, last, other, value in _parts(start, np.float32):
         here = slice(start[first], start[last])
-        other, value = np.empty(start[last] - start[first], np.int32), np.empty(start[last] - start[first], np.float32)
         fill.edges(near, cosine, kind, first, start[first:last] - start[first], other, value)
         graph.other[here], graph.cosine[here] = other, value
     return graph
@@ -55,6 +83,8 @@ class _Compiled:
     kinds: Any
     count: Any
     edges: Any
+    led: Any
+    leading: Any
 
 
 OWN, ONE_WAY = 1, 2  # a neighbour that has the row among its own too; one that has not
@@ -99,4 +129,21 @@ def _made() -> _Compiled:
                     other[at[j]], value[at[j]] = i, min(cosine[i, p], 1)
                     at[j] += 1
 
-    return _Compiled(kinds, count, edges)
+    @numba.njit(nogil=True, cache=True)
+    def led(near: Any, chance: Any, degree: Any) -> None:  # pragma: no cover - compiled
+        for i in range(len(near)):
+            for p in range(near.shape[1]):
+                if chance[i, p] > 0:
+                    degree[near[i, p]] += 1
+
+    @numba.njit(nogil=True, cache=True)
+    def leading(near: Any, chance: Any, first: int, at: Any, source: Any, value: Any) -> None:  # pragma: no cover - compiled
+        """To rows `first` to `first + len(at)`."""
+        for i in range(len(near)):
+            for p in range(near.shape[1]):
+                j = near[i, p] - first
+                if chance[i, p] > 0 and 0 <= j < len(at):
+                    source[at[j]], value[at[j]] = i, chance[i, p]
+                    at[j] += 1
+
+    return _Compiled(kinds, count, edges, led, leading)

@@ -27,16 +27,6 @@ THREADS = 16  # at most: each holds about 150 MB
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows [b]; cosines [b, count] and rows [b, count] of the nearest, best first
 
 
-class ByKey:
-    """The rows of an array-like in the order of their keys: the graph of a pool does not depend on the order of its rows."""
-
-    def __init__(self, x: Any, keys: np.ndarray):
-        self.x, self.order, self.shape = x, np.argsort(keys, kind="stable"), x.shape
-
-    def __getitem__(self, rows: Any) -> Any:
-        return self.x[self.order[rows]]
-
-
 def neighbours(x: Rows, k: int, exact_below: int = EXACT) -> tuple[np.ndarray, np.ndarray]:
     """The `k` nearest other rows of every row of unit rows `x [n, d]`: rows `[n, k]` int32, cosines `[n, k]` float32.
 

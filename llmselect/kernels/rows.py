@@ -14,12 +14,14 @@ from llmselect.kernels.sketch import generator, random_signs
 
 BLOCK = 8192
 HELD = 1 << 25  # numbers that `Held` keeps, 256 MB
+AHEAD = 1 << 25  # numbers of rows in another order read at once, 64 MB in half precision
 
 
 class Rows:
     """An `[n, d]` array-like read in fp64, checked, optionally as unit rows and folded to `dim` columns.
 
     Folding is the sketch of `kernels.sketch`: E⟨Sx, Sy⟩ = ⟨x, y⟩, and nothing changes where d ≤ dim. A zero row stays zero.
+    Row i is row `order[i]` of `x` where there is an `order`: by key, what is made of them does not depend on the pool's.
     Errors: `LlmselectError` naming rows that are not finite.
     """
 
@@ -30,11 +32,13 @@ class Rows:
     shape: tuple[int, int]
     signs: np.ndarray
     turns: list[int]
+    order: np.ndarray | None
 
-    def __init__(self, x: Any, *, normalize: bool = True, dim: int | None = None):
-        self.x, self.normalize, self.wide = x, normalize, int(x.shape[1])
+    def __init__(self, x: Any, *, normalize: bool = True, dim: int | None = None, order: np.ndarray | None = None):
+        self.x, self.normalize, self.wide, self.order = x, normalize, int(x.shape[1]), order
         self.folded = dim is not None and self.wide > dim
-        self.shape = (int(x.shape[0]), int(dim) if self.folded and dim else self.wide)
+        n: int = x.shape[0] if order is None else len(order)
+        self.shape = (int(n), int(dim) if self.folded and dim else self.wide)
         if self.folded:
             draw = generator(0, "columns", "fold")
             self.signs = random_signs(draw, self.wide)
@@ -45,9 +49,15 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        part = np.asarray(self.x[rows], np.float64)
+        if self.order is not None:
+            rows = self.order[rows]
+        return self._made(self.x[rows], rows)
+
+    def _made(self, stored: Any, rows: Any) -> np.ndarray:
+        """From `rows` of x as they are stored."""
+        part = np.asarray(stored, np.float64)
         if not np.isfinite(part).all():
-            index = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+            index = np.arange(*rows.indices(self.x.shape[0])) if isinstance(rows, slice) else np.asarray(rows)
             bad = index[~np.isfinite(part).all(1)]
             raise LlmselectError(f"{len(bad)} rows have no finite value and cannot be ranked: rows {bad[:5].tolist()}")
         part = self._fold(part) if self.folded else part
@@ -64,26 +74,41 @@ class Rows:
 
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
         """`(start, rows)` over all rows in order."""
-        for start in range(0, len(self), size):
-            yield start, self[start : start + size]
+        for start, stored, rows in self._stored(size):
+            yield start, self._made(stored, rows)
 
     def rough_blocks(self, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
         """`blocks` in float32, about 1e-7 off, in a fraction of the time; the next block takes the place of one."""
         room = np.empty((min(size, len(self)), self.shape[1]), np.float32)
-        for start in range(0, len(self), size):
-            rows, square = room[: min(size, len(self) - start)], np.zeros(1)
+        for start, stored, which in self._stored(size):
+            rows, square = room[: len(stored)], np.zeros(1)
             if self.normalize and not self.folded:
-                narrow(np.asarray(self.x[start : start + len(rows)]), rows)
+                narrow(np.asarray(stored), rows)
                 square = np.einsum("ij,ij->i", rows, rows)[:, None]
             if ((square > 1e-20) & (square < 1e30)).all():
                 rows /= np.sqrt(square)
             else:
-                rows[:] = self[start : start + size]
+                rows[:] = self._made(stored, which)
             yield start, rows
+
+    def _stored(self, size: int) -> Iterator[tuple[int, Any, Any]]:
+        """`(start, rows as they are stored, which of x)`. In another order many blocks are read at once: each of them lies in
+        all shards."""
+        if self.order is None:
+            for start in range(0, len(self), size):
+                rows = slice(start, min(start + size, len(self)))
+                yield start, self.x[rows], rows
+            return
+        ahead = size * max(1, AHEAD // (size * max(1, self.wide)))
+        for first in range(0, len(self), ahead):
+            which = self.order[first : first + ahead]
+            stored = self.x[which]
+            for at in range(0, len(which), size):
+                yield first + at, stored[at : at + size], which[at : at + size]
 
     def gather(self, rows: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
         """Any rows in any order, read from the map in ascending order and a block at a time."""
-        order = np.argsort(rows, kind="stable")
+        order = np.argsort(rows if self.order is None else self.order[rows], kind="stable")
         out = np.empty((len(rows), self.shape[1]), dtype)
         for start in range(0, len(rows), BLOCK):
             part = order[start : start + BLOCK]

@@ -25,7 +25,7 @@ from llmselect.kernels.filtering import check_finite
 from llmselect.kernels.graph import Graph, undirected
 from llmselect.kernels.greedy import Queue
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.neighbours import ByKey, neighbours
+from llmselect.kernels.neighbours import neighbours
 from llmselect.kernels.rows import Rows
 from llmselect.kernels.topk import topk_stable
 from llmselect.registry import selectors
@@ -50,12 +50,12 @@ class D2(Selector):
         worth = np.asarray(quality, np.float64)
         topk_stable(worth, 0, rng.keys)  # a row without a finite difficulty is named
         check_finite(x)
-        ordered = ByKey(x, rng.keys)
-        worth = (worth - worth.min())[ordered.order]
-        graph = undirected(*neighbours(Rows(ordered), self.neighbours))
+        by_key = np.argsort(rng.keys, kind="stable")
+        worth = (worth - worth.min())[by_key]
+        graph = undirected(*neighbours(Rows(x, order=by_key), self.neighbours))
         message = _passed()(graph.start, graph.other, graph.cosine, self.gamma_forward, worth)
         order, taken = _picks(message, graph, self.gamma_reverse, k)
-        return Picked(ordered.order[order], evidence={"message": taken})
+        return Picked(by_key[order], evidence={"message": taken})
 
 
 @lru_cache(maxsize=1)

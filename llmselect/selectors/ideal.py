@@ -14,8 +14,6 @@ Use: no target; rows that stand for those around them.
 
 from __future__ import annotations
 
-# scipy has no types.
-# pyright: reportMissingTypeStubs=false
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,9 +21,10 @@ import numpy as np
 
 from llmselect.errors import UsageError
 from llmselect.kernels.filtering import check_finite
+from llmselect.kernels.graph import Into, into
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.neighbours import ByKey, neighbours
-from llmselect.kernels.rows import Rows
+from llmselect.kernels.neighbours import neighbours
+from llmselect.kernels.rows import BLOCK, Rows
 from llmselect.registry import selectors
 from llmselect.selectors._base import Picked, Selector
 
@@ -48,20 +47,16 @@ class Ideal(Selector):
         from llmselect.kernels.cascade import cascade_seeds
 
         check_finite(x)
-        ordered = ByKey(x, rng.keys)
-        by_key = Keyed(rng.seed, rng.keys[ordered.order])
-        order, gains = cascade_seeds(self._graph(ordered), k, by_key, self.rounds)
-        return Picked(ordered.order[order], evidence={"gain": gains})
+        by_key = np.argsort(rng.keys, kind="stable")
+        edges = self._edges(Rows(x, order=by_key))
+        order, gains = cascade_seeds(edges, k, Keyed(rng.seed, rng.keys[by_key]), self.rounds)
+        return Picked(by_key[order], evidence={"gain": gains})
 
-    def _graph(self, x: Any) -> Any:
-        """p, `[n, n]` with at most `neighbours` numbers a row."""
-        from scipy.sparse import csr_array
-
-        near, cosine = neighbours(Rows(x), self.neighbours)
-        weight = np.where(near >= 0, np.maximum(cosine, 0), 0).astype(np.float64)
-        total = weight.sum(1, keepdims=True)
-        start = np.arange(len(near) + 1) * near.shape[1]
-        chance = (weight / np.where(total > 0, total, 1)).ravel()
-        graph = csr_array((chance, np.maximum(near, 0).ravel(), start), shape=(len(near), len(near)))
-        graph.eliminate_zeros()
-        return graph
+    def _edges(self, x: Rows) -> Into:
+        """p, of at most `neighbours` edges out of a row."""
+        near, chance = neighbours(x, self.neighbours)
+        for first in range(0, len(near), BLOCK):
+            weight = np.maximum(chance[first : first + BLOCK], 0).astype(np.float64)  # 0 too where there is no neighbour
+            total = weight.sum(1, keepdims=True)
+            chance[first : first + BLOCK] = weight / np.where(total > 0, total, 1)  # in its place: as long as the pool
+        return into(near, chance)

@@ -21,7 +21,7 @@ from llmselect.errors import UsageError
 from llmselect.kernels.filtering import check_finite
 from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
-from llmselect.kernels.neighbours import ByKey, neighbours
+from llmselect.kernels.neighbours import neighbours
 from llmselect.kernels.objectives import Coverage
 from llmselect.kernels.rows import Rows
 from llmselect.kernels.topk import topk_stable
@@ -62,9 +62,9 @@ class Qdit(Selector):
         worth = np.asarray(quality, np.float64)
         topk_stable(worth, 0, rng.keys)  # a row without a finite quality is named
         check_finite(x)
-        ordered = ByKey(x, rng.keys)
+        by_key = np.argsort(rng.keys, kind="stable")
         worth = (worth - worth.min()) / (np.ptp(worth) or 1.0)
-        coverage = Coverage(*neighbours(Rows(ordered), self.neighbours))
-        found = maximize(_Weighed(coverage, worth[ordered.order], self.alpha), k, Keyed(rng.seed, rng.keys[ordered.order]))
+        coverage = Coverage(*neighbours(Rows(x, order=by_key), self.neighbours))
+        found = maximize(_Weighed(coverage, worth[by_key], self.alpha), k, Keyed(rng.seed, rng.keys[by_key]))
         report = {"evaluations": found.evaluations}
-        return Picked(ordered.order[found.order], evidence={"gain": found.gains}, report=report)
+        return Picked(by_key[found.order], evidence={"gain": found.gains}, report=report)
