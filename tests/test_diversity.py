@@ -250,6 +250,22 @@ def test_stochastic_greedy_is_nearly_as_good_and_random():
     assert found[0].evaluations == 30 * int(np.ceil(600 / 30 * np.log(20)))
 
 
+@many
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), copies=st.booleans(), epsilon=st.sampled_from([0.9, 0.3, 1e-30]))
+def test_stochastic_greedy_takes_each_row_once_whatever_the_order_of_the_pool(seed, n, copies, epsilon):
+    rng = np.random.default_rng(seed)
+    x, k, moved = unit_rows(n, seed=seed), int(rng.integers(1, n + 1)), rng.permutation(n)
+    x = x[rng.integers(0, n, n)] if copies else x
+    one = maximize(objectives.GraphCut(Rows(x), 0.5), k, keyed(n), "stochastic", epsilon)
+    other = maximize(objectives.GraphCut(Rows(x[moved]), 0.5), k, Keyed(0, keyed(n).keys[moved]), "stochastic", epsilon)
+    assert len(set(one.order.tolist())) == k
+    assert moved[other.order].tolist() == one.order.tolist()
+    taken = one.order.tolist()
+    assert np.allclose(one.gains, [value("cut", x, taken[: i + 1]) - value("cut", x, taken[:i]) for i in range(k)], atol=2e-4)
+    if epsilon == 1e-30:
+        assert taken == maximize(objectives.GraphCut(Rows(x), 0.5), k, keyed(n), "naive").order.tolist()
+
+
 def test_few_neighbours_lose_little_of_the_dense_value():
     x, _ = blobs(40, 25, d=16, spread=0.8)
     x /= np.linalg.norm(x, axis=1, keepdims=True)

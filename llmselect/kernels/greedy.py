@@ -140,13 +140,14 @@ def _scanning(objective: Objective, k: int, rng: Keyed, epsilon: float | None) -
     n, draw = len(left), rng.generator("greedy")
     share = n if epsilon is None else max(1, math.ceil(n / max(k, 1) * math.log(1 / epsilon)))
     order, gains, evaluations = list[int](), list[float](), 0
-    for _ in range(k):
-        at = np.arange(len(left)) if share >= len(left) else np.sort(draw.choice(len(left), share, replace=False))
+    for count in range(n, n - k, -1):
+        at = np.arange(count) if share >= count else np.sort(draw.choice(count, share, replace=False))
         value = np.concatenate([_rounded(objective.gains(left[at[i : i + BATCH]])) for i in range(0, len(at), BATCH)])
         evaluations += len(at)
-        best = int(at[int(value.argmax())])  # the first of equal ones has the smallest key
+        most = at[value == value.max()]
+        best = int(most[np.argmin(rng.keys[left[most]])])
         order.append(int(left[best]))
         gains.append(float(value.max()))
         objective.add(order[-1])
-        left = np.delete(left, best)
+        left[best] = left[count - 1]  # in its place, as to close the gap takes time that grows with the pool
     return Greedy(np.array(order, np.int64), np.array(gains), evaluations)
