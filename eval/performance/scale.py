@@ -2,12 +2,12 @@
 
     python eval/performance/scale.py load --rows 100000 1000000 [--limit 600]
     python eval/performance/scale.py select --rows 10000 100000 1000000 --dim 1024 [--only NAME …] [--limit 600]
-    python eval/performance/scale.py select --rows 10000000 --dim 16 --only topk similarity …
+    python eval/performance/scale.py select --rows 10000000 --dim 16 --only topk similarity "log_det optimizer=stochastic" …
 
 `load`: short synthetic chats as one JSONL file, as a folder of Parquet files, and as a stream of `datasets` over that folder,
 through `load_pool`. `select`: float16 features of 500 directions in a `FeatureStore` (sparse ones: 64 of 4,096 columns; one
 number a row where a method reads scores), 60 target rows of three groups, 1 % selected, every registered selector at its
-defaults.
+defaults, but for options given beside a name.
 
 Seconds are those of the processor, user and system, on one thread: other work on the machine does not count. Memory is
 watched from outside, fifty times a second: `anon` is the peak of RssAnon, what the process holds; `peak` is VmHWM, which counts
