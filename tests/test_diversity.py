@@ -17,7 +17,7 @@ from llmselect.kernels.groups import apportion
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.kmeans import kmeans, silhouettes
 from llmselect.kernels.neighbours import neighbours
-from llmselect.kernels.rows import Held, Rows
+from llmselect.kernels.rows import Rows
 from llmselect.semdedup import semantic_duplicates
 
 many = settings(max_examples=60, deadline=None)
@@ -213,17 +213,6 @@ def test_gains_asked_for_now_and_then_are_those_of_the_formula(kind, seed, d):
         assert np.allclose(made.gains(some)[new], np.array(expected)[new], atol=2e-4)
         made.add(row)
         taken.append(row)
-
-
-@many
-@given(seed=st.integers(0, 10**6), numbers=st.integers(1, 60), n=st.integers(1, 30))
-def test_held_rows_are_the_rows(seed, numbers, n):
-    rng = np.random.default_rng(seed)
-    rows = Rows(rng.standard_normal((n, 3)))
-    held = Held(rows, numbers)
-    for _ in range(12):
-        asked = rng.permutation(n)[: rng.integers(0, n + 1)]
-        assert np.array_equal(held.gather(asked), rows.gather(asked))
 
 
 def test_lazy_looks_at_few_rows():

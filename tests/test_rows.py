@@ -1,4 +1,4 @@
-"""Rows in an order of their own against the same rows put in that order."""
+"""Rows in an order of their own against the same rows put in that order, and rows held in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmselect.arrays import StoredArray
 from llmselect.errors import LlmselectError
 from llmselect.kernels import rows as module
-from llmselect.kernels.rows import Rows
+from llmselect.kernels.rows import Held, Rows
 from llmselect.store import FeatureStore
 
 
@@ -66,3 +66,18 @@ def test_rows_without_a_value_are_named_as_the_pool_names_them():
             read()
     with pytest.raises(LlmselectError, match=r"rows \[4\]"):
         list(Rows(x).blocks(4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), numbers=st.integers(1, 60), n=st.integers(1, 30))
+def test_held_rows_are_the_rows(seed, numbers, n):
+    rng = np.random.default_rng(seed)
+    rows = Rows(rng.standard_normal((n, 3)))
+    held = Held(rows, numbers)
+    for _ in range(12):
+        asked = rng.permutation(n)[: rng.integers(0, n + 1)]
+        assert np.array_equal(held.gather(asked), rows.gather(asked))
+        held.ahead(rng.permutation(n), int(rng.integers(0, n + 1)))
+    empty, bound, count = Held(rows, numbers), rng.permutation(n), int(rng.integers(0, n + 1))
+    empty.ahead(bound, count)
+    assert sorted(empty.row[empty.row >= 0]) == np.flatnonzero(bound >= n - min(count, empty.size)).tolist()

@@ -41,13 +41,13 @@ class Into(NamedTuple):
 
 def into(near: np.ndarray, chance: np.ndarray) -> Into:
     """The edges of each row to those near it, `[n, c]`, at the rows that they lead to; without those of no chance."""
-    degree, fill = np.zeros(len(near), np.int64), _made()
-    fill.led(near, chance, degree)
+    degree, (led, leading) = np.zeros(len(near), np.int64), _led()
+    led(near, chance, degree)
     start = np.concatenate([[0], np.cumsum(degree)])
     made = Into(start, room((int(start[-1]),), np.int32), room((int(start[-1]),), chance.dtype))
     for first, last, source, value in _parts(start, chance.dtype):
         here = slice(start[first], start[last])
-        fill.leading(near, chance, first, start[first:last] - start[first], source, value)
+        leading(near, chance, first, start[first:last] - start[first], source, value)
         made.source[here], made.chance[here] = source, value
     return made
 
@@ -83,8 +83,6 @@ class _Compiled:
     kinds: Any
     count: Any
     edges: Any
-    led: Any
-    leading: Any
 
 
 OWN, ONE_WAY = 1, 2  # a neighbour that has the row among its own too; one that has not
@@ -129,6 +127,13 @@ def _made() -> _Compiled:
                     other[at[j]], value[at[j]] = i, min(cosine[i, p], 1)
                     at[j] += 1
 
+    return _Compiled(kinds, count, edges)
+
+
+@lru_cache(maxsize=1)
+def _led() -> tuple[Any, Any]:
+    import numba
+
     @numba.njit(nogil=True, cache=True)
     def led(near: Any, chance: Any, degree: Any) -> None:  # pragma: no cover - compiled
         for i in range(len(near)):
@@ -146,4 +151,4 @@ def _made() -> _Compiled:
                     source[at[j]], value[at[j]] = i, chance[i, p]
                     at[j] += 1
 
-    return _Compiled(kinds, count, edges, led, leading)
+    return led, leading

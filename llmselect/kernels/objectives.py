@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmselect.kernels.graph import undirected
+from llmselect.kernels.greedy import REFRESH
 from llmselect.kernels.rows import Held, Rows
 
 ROUGH = 1024  # rows on each side of a product in float32, 4 MB
@@ -72,7 +73,9 @@ class GraphCut:
         slack = ROUNDING * float(np.linalg.norm(self.sum)) - self.count - 1
         for start, rows in self.held.x.rough_blocks():
             bound[start : start + len(rows)] = slack - (rows @ narrow).astype(np.float64)
-        return self.total + self.penalty * bound
+        bound = self.total + self.penalty * bound
+        self.held.ahead(bound, len(bound) // REFRESH)
+        return bound
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         inside = (self.count + self.held.gather(rows) @ self.sum) / 2
@@ -108,7 +111,9 @@ class LogDet:
             fall = ((rows @ narrow.T) ** 2).sum(1, dtype=np.float64)
             # |Σ (⟨x, u⟩ + e)² - Σ ⟨x, u⟩²| ≤ 2 √(Σ ⟨x, u⟩² Σ e²), and e is below ROUNDING · |u|
             self.above[here] -= fall - 2 * ROUNDING * np.sqrt(fall * length) - ROUNDING**2 * length
-        return np.log1p(self.scale * np.maximum(np.minimum(self.above, self.form), 0))
+        bound = np.log1p(self.scale * np.maximum(np.minimum(self.above, self.form), 0))
+        self.held.ahead(bound, len(bound) // REFRESH)
+        return bound
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         x, seen = self.held.gather(rows), self.seen[rows]
@@ -137,7 +142,7 @@ class Spread:
     """
 
     def __init__(self, x: Rows):
-        self.x, self.taken, self.count = x, np.zeros((16, x.shape[1])), 0
+        self.held, self.taken, self.count = Held(x), np.zeros((16, x.shape[1])), 0
         self.near, self.seen = np.full(len(x), np.inf), np.zeros(len(x), np.int64)
         whole = sum((rows.sum(0) for _, rows in x.blocks()), np.zeros(x.shape[1]))
         center = whole / max(np.linalg.norm(whole), 1e-300)
@@ -149,12 +154,13 @@ class Spread:
 
     def refresh(self) -> np.ndarray:
         recent, self.refreshed = self.taken[self.refreshed : self.count].astype(np.float32), self.count
-        for start, rows in self.x.rough_blocks():
+        for start, rows in self.held.x.rough_blocks():
             for at in range(0, len(rows), ROUGH):
                 above = self.above[start + at : start + min(at + ROUGH, len(rows))]
                 for first in range(0, len(recent), ROUGH):
                     best = (rows[at : at + ROUGH] @ recent[first : first + ROUGH].T).max(1)
                     np.minimum(above, 2 - 2 * best.astype(np.float64) + 2 * ROUNDING, out=above)
+        self.held.ahead(self.above, len(self.above) // REFRESH)
         return self.above
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
@@ -162,14 +168,14 @@ class Spread:
             return self.above[rows]
         since = int(self.seen[rows].min())
         # In float32 first: the distance of equal rows is then 0, not what is left of rounding.
-        cosine = (self.x.gather(rows) @ self.taken[since : self.count].T).astype(np.float32)
+        cosine = (self.held.gather(rows) @ self.taken[since : self.count].T).astype(np.float32)
         if cosine.shape[1]:
             self.near[rows] = np.minimum(self.near[rows], np.maximum(2 - 2 * cosine.max(1), 0))
         self.seen[rows] = self.count
         return self.near[rows]
 
     def add(self, row: int) -> None:
-        self.taken = _appended(self.taken, self.count, self.x[np.array([row])][0])
+        self.taken = _appended(self.taken, self.count, self.held.gather(np.array([row]))[0])
         self.count += 1
 
 

@@ -133,6 +133,15 @@ class Held:
             self._keep(rows[missing[-self.size :]], found[missing[-self.size :]])
         return found
 
+    def ahead(self, bound: np.ndarray, count: int) -> None:
+        """Read the `count` rows of largest `bound` that are not here, shard by shard: they come next, a few at a time."""
+        least = len(bound) - min(count, self.size)
+        rows = np.argpartition(bound, min(least, len(bound) - 1))[least:]
+        missing = np.sort(rows[self.slot[rows] < 0])
+        for start in range(0, len(missing), BLOCK):
+            part = missing[start : start + BLOCK]
+            self._keep(part, self.x.gather(part))
+
     def _keep(self, rows: np.ndarray, read: np.ndarray) -> None:
         """In the place of those that came first."""
         at = (self.next + np.arange(len(rows))) % self.size

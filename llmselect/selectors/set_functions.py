@@ -9,8 +9,8 @@ Inputs: `x [n, d]`, an embedding; no target.
 Cost: lazy greedy: bounds in order, and gains for the few rows that may still win. kcenter O(d) per row and centre looked at;
     facility_location a kNN graph (FAISS) and O(edges); graph_cut O(d) a gain; log_det O(dim) a row and row taken since it was
     looked at, O(dim²) at most. All but facility_location bring the bounds of all rows up to date in float32 whenever gains of
-    one row in 32 have been asked for, kcenter and log_det against every row taken since: O(n·k·d) in all. graph_cut and
-    log_det hold 256 MB of the rows last asked for.
+    one row in 32 have been asked for, kcenter and log_det against every row taken since: O(n·k·d) in all; they
+    hold 256 MB of the rows last asked for and of those that come next.
 Deviations: facility location counts neighbours only: rows that are not among the `neighbours` of one another add nothing.
     log_det folds features wider than `dim`.
 Defaults: lazy greedy, the same rows as naive greedy; `stochastic` looks at a random n/k · ln(1/ε) rows a step.
