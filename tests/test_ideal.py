@@ -90,15 +90,6 @@ def test_it_reaches_more_than_chance():
     assert made > 1.1 * max(reached(p, rng.permutation(300)[:15].tolist(), 300) for _ in range(8))
 
 
-def test_among_equal_rows_ids_decide_which_are_neighbours():
-    rng = np.random.default_rng(4)
-    x = np.repeat(rng.standard_normal((4, 5)), 30, axis=0)  # more copies than neighbours
-    ids, moved = [f"r{i}" for i in range(120)], rng.permutation(120)
-    made = Ideal().select(30, x=x, ids=ids)
-    other = Ideal().select(30, x=x[moved], ids=[ids[i] for i in moved])
-    assert list(other.ids) == list(made.ids)
-
-
 @pytest.mark.parametrize("wrong", [{"neighbours": 0}, {"rounds": 0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from llmselect.kernels import graph as graphs
 from llmselect.kernels.graph import into, undirected
 from llmselect.kernels.objectives import Coverage
+from llmselect.registry import selectors
+from llmselect.selectors._base import inputs_of
 
 
 @st.composite
@@ -101,3 +103,15 @@ def test_graphs_in_files_are_those_from_memory(monkeypatch):
     monkeypatch.setattr("llmselect.kernels.graph.TOGETHER", 50)
     filed = undirected(near, cosine)
     assert all(np.array_equal(getattr(held, one), getattr(filed, one)) for one in ("start", "other", "cosine"))
+
+
+@pytest.mark.parametrize("name", ["facility_location", "qdit", "d2", "ideal"])
+def test_among_equal_rows_ids_decide_which_are_neighbours(name):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(4)
+    x, quality = np.repeat(rng.standard_normal((4, 5)), 30, axis=0), np.arange(120.0) % 7  # more copies than neighbours
+    ids, moved, one = [f"r{i}" for i in range(120)], rng.permutation(120), selectors.get(name)(neighbours=5)
+    scored = {"quality"} & set(inputs_of(type(one)))
+    made = one.select(30, x=x, ids=ids, **dict.fromkeys(scored, quality))
+    other = one.select(30, x=x[moved], ids=[ids[i] for i in moved], **dict.fromkeys(scored, quality[moved]))
+    assert list(other.ids) == list(made.ids)

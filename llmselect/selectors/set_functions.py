@@ -19,7 +19,7 @@ Use: no target; near copies are many and rare rows matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,10 @@ class FacilityLocation(_SetFunction):
             raise UsageError(f"neighbours: {self.neighbours} must be at least 1")
 
     def pick(self, k: int, rng: Keyed, *, x: Any) -> Picked:
-        return self._maximum(objectives.Coverage(*neighbours(Rows(x), self.neighbours)), k, rng)
+        by_key = np.argsort(rng.keys, kind="stable")  # of equal rows, keys decide which are neighbours
+        coverage = objectives.Coverage(*neighbours(Rows(x, order=by_key), self.neighbours))
+        found = self._maximum(coverage, k, Keyed(rng.seed, rng.keys[by_key]))
+        return replace(found, order=by_key[found.order])
 
 
 @selectors.register("graph_cut")
