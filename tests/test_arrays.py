@@ -46,8 +46,10 @@ def test_sparse_rows_read_as_the_dense_ones(tmp_path):
     dense = matrix(11)
     x = store_of(tmp_path, {"value": dense}, sparse=("value",))["f"]
     assert (x.shape, x.dtype, x.ndim, len(x)) == ((11, WIDTH), np.float16, 2, 11)
-    for rows in (slice(None), slice(2, 9, 3), [10, 0, 5, 5, -1], np.arange(11) % 2 == 0):
+    full = store_of(tmp_path / "dense", {"value": dense})["f"]
+    for rows in (slice(None), slice(2, 9, 3), [10, 0, 5, 5, -1], np.arange(11) % 2 == 0, slice(4, 4), np.zeros(11, bool)):
         assert np.array_equal(x[rows].toarray(), dense[rows])
+        assert np.array_equal(full[rows], dense[rows])
     assert np.array_equal(x[7].toarray(), dense[7:8])
     assert np.array_equal(np.concatenate([block.toarray() for _, block in x.blocks(3)]), dense)
     for start, shard in x.shards():
