@@ -61,7 +61,7 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
     Not `numpy.memmap`, which resolves its path every time, nor a file object: scattered rows lie in thousands of files, and are
     read again and again.
     """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         whole = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
     finally:

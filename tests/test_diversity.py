@@ -252,7 +252,7 @@ def test_stochastic_greedy_takes_each_row_once_whatever_the_order_of_the_pool(se
     taken = one.order.tolist()
     assert np.allclose(one.gains, [value("cut", x, taken[: i + 1]) - value("cut", x, taken[:i]) for i in range(k)], atol=2e-4)
     if epsilon == 1e-30:
-        assert taken == maximize(objectives.GraphCut(Rows(x), 0.5), k, keyed(n), "naive").order.tolist()
+        assert taken == maximize(objectives.GraphCut(Rows(x), 0.5), k, keyed(n), "lazy").order.tolist()
 
 
 def test_few_neighbours_lose_little_of_the_dense_value():

@@ -49,6 +49,10 @@ def test_rows_in_float32_are_the_rows():
                 np.testing.assert_allclose(part, rows[start : start + 7], rtol=1e-5, atol=1e-6)
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
     assert np.array_equal(narrow(every, np.empty(every.shape, np.float32)), every.astype(np.float32), equal_nan=True)
+    for value in (0.37, -0.011):  # sums of equal numbers are rounded the same way
+        wide = Rows(np.full((3, 1 << 16), value, np.float16))
+        _, part = next(wide.rough_blocks())
+        np.testing.assert_allclose(part @ wide[:1].astype(np.float32).T, wide[:3] @ wide[:1].T, atol=objectives.ROUNDING / 2)
     half = Rows(np.random.default_rng(0).standard_normal((1100, 1000)).astype(np.float16))
     for start, part in half.rough_blocks():
         np.testing.assert_allclose(part, half[start : start + len(part)], atol=1e-6)

@@ -50,7 +50,15 @@ def made(name: str) -> Any:
     from llmselect.registry import selectors
 
     name, *options = name.split()
-    return selectors.get(name)(**dict(one.split("=") for one in options))
+    return selectors.get(name)(**{key: typed(text) for key, _, text in (one.partition("=") for one in options)})
+
+
+def typed(text: str) -> Any:
+    """A number where it is one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def kind_of(one: Any) -> str:

@@ -19,6 +19,7 @@ from llmselect.kernels.graph import Into
 from llmselect.kernels.greedy import maximize
 from llmselect.kernels.keyed import Keyed
 from llmselect.kernels.room import room
+from llmselect.kernels.rows import BLOCK
 
 TOGETHER = 1 << 27  # places of a part, 512 MB; the parts lie in files where there are several
 
@@ -98,10 +99,11 @@ class _Cover:
     """
 
     def __init__(self, edges: Into, rng: Keyed, sets: int):
-        n, keys, draws = len(rng.keys), rng.keys.astype(np.uint64), (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
+        n, keys = len(rng.keys), rng.keys.astype(np.uint64, copy=False)
+        draws = (rng.uniform("cascade") * 2.0**52).astype(np.uint64)
         source_key = room(edges.source.shape, np.uint64)  # in the order that they are read in
-        for first in range(0, len(source_key), TOGETHER):
-            source_key[first : first + TOGETHER] = keys[edges.source[first : first + TOGETHER]]
+        for first in range(0, len(source_key), BLOCK):
+            source_key[first : first + BLOCK] = keys[edges.source[first : first + BLOCK]]
         self.graph, self.members, self.last = (edges, source_key, keys, draws), np.empty(n, np.int32), np.zeros(n + 1, np.int64)
         self.held, self.new, self.parts = np.zeros(sets, bool), np.zeros(n, np.int64), list[tuple[np.ndarray, np.ndarray]]()
         end = 0
@@ -146,11 +148,11 @@ def cascade_seeds(edges: Into, k: int, rng: Keyed, rounds: int = 10) -> tuple[np
         edges: p_vu of the edges from v into each row u, each in [0, 1].
         rounds: sets sampled per root; every row is a root equally often, and of all rows alike.
 
-    Time: that of making the sets, those that hold a row taken twice. Memory: 4 bytes for each row of each set, n · rounds · (mean
-    number of rows that reach a row) in all, in files above half a gigabyte. Errors: `LlmselectError` for numbers that are no
-    probabilities.
+    Time: that of making the sets, those that hold a row taken twice. Memory: 16 bytes an edge, on disk above a gigabyte; 4 for
+    each row of each set, n · rounds · (mean number of rows that reach a row) in all, in files above half a gigabyte. Errors:
+    `LlmselectError` for numbers that are no probabilities.
     """
-    if not ((edges.chance >= 0) & (edges.chance <= 1)).all():
+    if not (edges.chance.min(initial=0) >= 0 and edges.chance.max(initial=1) <= 1):
         raise LlmselectError("edges: their chances must be probabilities, from 0 to 1")
     found = maximize(_Cover(edges, rng, len(rng.keys) * rounds), min(k, len(rng.keys)), rng)
     return found.order, found.gains / rounds

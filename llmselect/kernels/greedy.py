@@ -44,6 +44,10 @@ class Refreshing(Protocol):
         """`[n]`: the gains for S as it is, or anything above them."""
         ...
 
+    def expect(self, rows: np.ndarray) -> None:
+        """Gains of `rows`, none of them in S, are asked for next, in this order as far as they are needed."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Greedy:
@@ -116,6 +120,7 @@ def _lazy(objective: Objective, k: int, keys: np.ndarray) -> Greedy:
             if looked * REFRESH > len(bound) and refreshed < len(order) and isinstance(objective, Refreshing):
                 bound = np.minimum(bound, _rounded(objective.refresh()))  # the gain itself where it is fresh
                 queue = Queue(bound, keys, np.flatnonzero(left))
+                objective.expect(queue.rows[: len(bound) // REFRESH])
                 evaluations, looked, refreshed = evaluations + looked, 0, len(order)
                 continue
             batch: list[Entry] = []

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from llmselect.kernels.graph import undirected
-from llmselect.kernels.greedy import REFRESH
 from llmselect.kernels.rows import Held, Rows
 
 ROUGH = 1024  # rows on each side of a product in float32, 4 MB
@@ -73,9 +72,10 @@ class GraphCut:
         slack = ROUNDING * float(np.linalg.norm(self.sum)) - self.count - 1
         for start, rows in self.held.x.rough_blocks():
             bound[start : start + len(rows)] = slack - (rows @ narrow).astype(np.float64)
-        bound = self.total + self.penalty * bound
-        self.held.ahead(bound, len(bound) // REFRESH)
-        return bound
+        return self.total + self.penalty * bound
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.held.ahead(rows)
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         inside = (self.count + self.held.gather(rows) @ self.sum) / 2
@@ -111,9 +111,10 @@ class LogDet:
             fall = ((rows @ narrow.T) ** 2).sum(1, dtype=np.float64)
             # |Σ (⟨x, u⟩ + e)² - Σ ⟨x, u⟩²| ≤ 2 √(Σ ⟨x, u⟩² Σ e²), and e is below ROUNDING · |u|
             self.above[here] -= fall - 2 * ROUNDING * np.sqrt(fall * length) - ROUNDING**2 * length
-        bound = np.log1p(self.scale * np.maximum(np.minimum(self.above, self.form), 0))
-        self.held.ahead(bound, len(bound) // REFRESH)
-        return bound
+        return np.log1p(self.scale * np.maximum(np.minimum(self.above, self.form), 0))
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.held.ahead(rows)
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         x, seen = self.held.gather(rows), self.seen[rows]
@@ -160,8 +161,10 @@ class Spread:
                 for first in range(0, len(recent), ROUGH):
                     best = (rows[at : at + ROUGH] @ recent[first : first + ROUGH].T).max(1)
                     np.minimum(above, 2 - 2 * best.astype(np.float64) + 2 * ROUNDING, out=above)
-        self.held.ahead(self.above, len(self.above) // REFRESH)
         return self.above
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.held.ahead(rows)
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
         if not self.count:

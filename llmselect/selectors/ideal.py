@@ -4,8 +4,8 @@ Paper: IDEAL of Zhang et al., arXiv 2310.10873; by reverse-influence sampling in
 Objective: an edge from every row v to each of its `neighbours` nearest rows u carries with probability p_vu = max(0, cos_vu)
     / Σ_u max(0, cos_vu), once; greedily the rows whose spread, the expected number of rows reached, is largest.
 Inputs: `x [n, d]`, an embedding; no target.
-Cost: the kNN graph (FAISS), and the sets sampled, n · `rounds` times the mean number of rows that reach a row:
-    4 bytes each, on disk above half a gigabyte.
+Cost: the kNN graph (FAISS), 16 bytes an edge, and the sets sampled, n · `rounds` times the mean number of rows that reach a
+    row, 4 bytes each; on disk above a gigabyte, the sets above half.
 Deviations: the spread is estimated once, on `rounds` sets of rows that reach each row, and covered greedily: the same
     objective as simulating cascades for every candidate.
 Defaults: 10 neighbours, 10 rounds.
