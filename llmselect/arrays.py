@@ -146,7 +146,11 @@ class Stored:
         if shard not in self._maps:
             while len(self._maps) >= self.open_shards:
                 self._maps.pop(next(iter(self._maps)))
-            self._maps[shard] = read_shard(self.feature.path(shard))
+            try:
+                self._maps[shard] = read_shard(self.feature.path(shard))
+            except FileNotFoundError:
+                self.feature.verify(shard)  # says what is lost, and what to do
+                raise
         return self._maps[shard]
 
     def __len__(self) -> int:

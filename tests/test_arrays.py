@@ -89,6 +89,18 @@ def test_a_subset_is_the_array_of_its_rows(tmp_path, sparse):
         assert np.array_equal(read(part[index]), dense[rows][index])
 
 
+def test_a_shard_that_goes_while_it_is_read_is_named(tmp_path):
+    store = store_of(tmp_path, {"value": np.ones((80, 2), np.float32)}, shard_rows=2)
+    x = store["f"]
+    assert x[:].sum() == 160  # all shards are verified, and the first ones no longer open
+    store.open("f").path(0).unlink()
+    with pytest.raises(LlmselectError, match=r"00000.safetensors is damaged.*--repair"):
+        x[0]
+    store.remove("f")
+    with pytest.raises(LlmselectError, match=r"00000.safetensors is missing.*run the same command again"):
+        x[0]
+
+
 def test_few_shards_are_mapped_at_a_time(tmp_path):
     dense = np.random.default_rng(0).standard_normal((4 * (Stored.open_shards + 9), 3)).astype(np.float32)
     x = store_of(tmp_path, {"value": dense})["f"]
