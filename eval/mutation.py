@@ -78,8 +78,8 @@ DEFECTS = (
     Defect("an inverse that is not updated", K + "objectives.py", "self.inverse -= np.outer", "self.inverse -= 0 * np.outer",
            "diversity"),
     Defect("a fall counted again", K + "objectives.py", "< seen[near, None]", "< 0", "diversity"),
-    Defect("falls that bounds know taken again", K + "objectives.py", "self.taken[self.refreshed : self.count]",
-           "self.taken[: self.count]", "refresh"),
+    Defect("falls that bounds know taken again", K + "objectives.py", "recent = self.taken[self.refreshed : self.count]",
+           "recent = self.taken[: self.count]", "refresh"),
     Defect("half precision with the bias of another", K + "half.py", "np.float32(2.0**112)", "np.float32(2.0**111)", "refresh"),
     Defect("a bound of the row before", K + "objectives.py", "best.astype(np.float64) + 2 * ROUNDING",
            "np.roll(best, 1).astype(np.float64) + 2 * ROUNDING", "refresh"),
@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     chosen = [d for d in DEFECTS if not a.only or any(word in d.what or word in d.file for word in a.only)]
+    for one in chosen:
+        planted(ROOT, one)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch)
         for name in ("llmselect", "tests", "eval/suites"):
@@ -166,15 +168,21 @@ def report(out: Path | None, lines: list[str], survived: int) -> None:
 
 def plant(copy: Path, defect: Defect) -> str:
     """The first test that fails with the defect in place; the file is as before afterwards."""
-    file = copy / defect.file
+    file, changed = copy / defect.file, planted(copy, defect)
     text = file.read_text()
-    if text.count(defect.old) != 1:
-        raise SystemExit(f"{defect.what}: {defect.old!r} occurs {text.count(defect.old)} times in {defect.file}")
-    file.write_text(text.replace(defect.old, defect.new))
+    file.write_text(changed)
     try:
         return noticed(copy, defect.tests)
     finally:
         file.write_text(text)
+
+
+def planted(folder: Path, defect: Defect) -> str:
+    """The file's text with the defect in it. Errors: `SystemExit` when there is not exactly one place for it."""
+    text = (folder / defect.file).read_text()
+    if text.count(defect.old) != 1:
+        raise SystemExit(f"{defect.what}: {defect.old!r} occurs {text.count(defect.old)} times in {defect.file}")
+    return text.replace(defect.old, defect.new)
 
 
 def noticed(copy: Path, tests: str) -> str:

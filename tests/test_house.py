@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -237,3 +238,15 @@ def test_the_checks_see_what_they_are_for():
     assert loosened(good + "x = 1  # pyright: ignore[reportCallIssue] - the stubs are older") == []
     shown = definitions(ast.parse("class A:\n    def b(self): ...\n    def _c(self): ...\ndef _d(): ...\ndef e(): ..."))
     assert [name for name, _ in shown] == ["A", ".b", "e"]
+
+
+def test_each_planted_defect_has_one_place_and_tests_that_are_there():
+    spec = importlib.util.spec_from_file_location("mutation", ROOT / "eval" / "mutation.py")
+    sys.modules["mutation"] = mutation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutation)
+    assert len({one.what for one in mutation.DEFECTS}) == len(mutation.DEFECTS) >= 10
+    for one in mutation.DEFECTS:
+        assert mutation.planted(ROOT, one) != (ROOT / one.file).read_text()
+        for tests in one.tests.split():
+            file, _, name = tests.partition("::")
+            assert f"def {name}" in (ROOT / "tests" / f"test_{file}.py").read_text()
