@@ -10,9 +10,9 @@ Cost: lazy greedy: bounds in order, and gains for the few rows that may still wi
     facility_location a kNN graph (FAISS) and O(edges); graph_cut O(d) a gain; log_det O(dim) a row and row taken since it was
     looked at, O(dim²) at most. All but facility_location bring the bounds of all rows up to date in float32 whenever gains of
     one row in 32 have been asked for, kcenter and log_det against every row taken since: O(n·k·d) in all; they
-    hold 256 MB of the rows last asked for and of those that come next.
-Deviations: facility location counts neighbours only: rows that are not among the `neighbours` of one another add nothing.
-    log_det folds features wider than `dim`.
+    hold 256 MB of the rows last asked for and of those that come next. Where log_det takes many more rows than there are
+    columns, gains are nearly equal and lazy looks at far more of them: `stochastic` does not.
+Deviations: facility location counts only rows among the `neighbours` of one another; log_det folds features wider than `dim`.
 Defaults: lazy greedy, the same rows as naive greedy; `stochastic` looks at a random n/k · ln(1/ε) rows a step.
 Use: no target; near copies are many and rare rows matter.
 """
